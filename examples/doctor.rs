@@ -1,0 +1,30 @@
+//! Tells what ringsock finds on this machine, and what to change where something is missing.
+//!
+//!     cargo run --release --example doctor
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use ringsock::Features;
+
+/// Prints which features of io_uring this kernel offers to this process, and what would turn on the others. Exits with 1 if
+/// ringsock cannot run here.
+#[derive(Parser)]
+#[command(version)]
+struct Args {}
+
+fn main() -> ExitCode {
+    let Args {} = Args::parse();
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    println!("ringsock {} on Linux {}", env!("CARGO_PKG_VERSION"), release.trim());
+    match Features::probe() {
+        Ok(features) => {
+            println!("driver: io_uring\n\n{:<18} {:<4} what it is for, or why it is off\n{features}", "feature", "");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("doctor: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

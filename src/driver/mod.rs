@@ -1,0 +1,427 @@
+//! The driver: operations in, completions out.
+//!
+//! A [`Driver`] belongs to one thread (a worker, or one plain thread) and runs operations for waiters it knows only as numbers.
+//! Nothing above this folder names io_uring; nothing in it knows fibers or sockets.
+//!
+//! # The life of an operation
+//!
+//! ```text
+//!              prepare                enter                       final CQE, next
+//!   begin ───▶ queued in the SQ ───▶ the kernel's ─────────────▶ delivered to its waiter ───▶ slot idle
+//!     │                                 │     ▲
+//!     │ abandon (nothing submitted)     │     │ deadline: LINK_TIMEOUT cancels it
+//!     ▼                                 │     │ prepare_cancel: ASYNC_CANCEL by key
+//!   slot idle                           └─────┘ either way its own CQE still comes and is the verdict
+//! ```
+//!
+//! From `prepare` to the final CQE the memory the operation names belongs to the kernel. A deadline or a cancel asks for an
+//! early end; only the operation's own CQE says what happened, so bytes that arrived and connections that were accepted are
+//! never lost. Timer and cancel CQEs carry tags nobody waits for.
+//!
+//! # Waking a driver from another thread
+//!
+//! A driver that is about to wait is woken through its [`Bell`]: by a message from the ringing thread's own ring
+//! (`IORING_OP_MSG_RING`), or by an eventfd that worker rings watch. Who rings first makes sure there is something to find
+//! (`fiber/remote.rs` has the protocol that loses no wake).
+
+pub(crate) mod features;
+pub(crate) mod op;
+#[cfg(test)]
+pub(crate) mod scripted;
+pub(crate) mod slab;
+pub(crate) mod uring;
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub(crate) use op::{Op, Timespec};
+pub(crate) use slab::{Completion, Key, Waiter};
+pub(crate) use uring::Full;
+
+use crate::error::Result;
+use crate::sys;
+use features::Features;
+use ::slab::Slab;
+use slab::{Slots, TAG_EVENTFD, TAG_MESSAGE};
+use uring::Uring;
+
+/// The size of a ring.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Config {
+    pub(crate) sq_entries: u32,
+    /// Completion-queue entries for each submission-queue entry.
+    pub(crate) cq_per_sq: u32,
+}
+
+impl Config {
+    /// A worker's ring: 256 SQEs (16 KiB) stay in the first-level cache, and 2,048 CQEs take a burst without overflowing.
+    pub(crate) fn worker() -> Config {
+        Config {
+            sq_entries: 256,
+            cq_per_sq: 8,
+        }
+    }
+
+    /// A plain thread's ring: one operation, its timer and a cancel at a time.
+    pub(crate) fn thread() -> Config {
+        Config {
+            sq_entries: 8,
+            cq_per_sq: 2,
+        }
+    }
+}
+
+/// What a driver counts. Plain numbers: only its own thread touches them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) operations: u64,
+    pub(crate) enters: u64,
+    pub(crate) enters_interrupted: u64,
+    pub(crate) enters_refused: u64,
+    pub(crate) sqes: u64,
+    pub(crate) cqes: u64,
+    pub(crate) sq_full: u64,
+    pub(crate) cq_overflows: u64,
+    pub(crate) messages_failed: u64,
+}
+
+/// How other threads wake a driver.
+pub(crate) struct Bell {
+    fds: Mutex<BellFds>,
+}
+
+struct BellFds {
+    /// The ring's descriptor, while the ring lives. The lock is held while a message to it is submitted, so the number cannot
+    /// be reused in between.
+    ring: Option<RawFd>,
+    eventfd: Option<OwnedFd>,
+}
+
+impl Bell {
+    fn lock(&self) -> MutexGuard<'_, BellFds> {
+        self.fds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Rings by the eventfd. False where the driver has none (a plain thread's) or is gone.
+    pub(crate) fn ring_by_eventfd(&self) -> bool {
+        match &self.lock().eventfd {
+            Some(eventfd) => {
+                sys::ring_eventfd(eventfd.as_raw_fd());
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The driver is going: nobody can ring it any more.
+    pub(crate) fn retire(&self) {
+        let mut fds = self.lock();
+        fds.ring = None;
+        fds.eventfd = None;
+    }
+}
+
+/// One thread's driver.
+pub(crate) struct Driver {
+    slots: Slots,
+    counters: Counters,
+    backend: Backend,
+    /// The eventfd this driver watches.
+    eventfd: Option<RawFd>,
+    /// The watch ended (an overflow of the CQ ends a multishot poll) and is to be set up again.
+    eventfd_unwatched: bool,
+    /// Bells rung by message whose outcome is not known yet.
+    messages: Slab<Arc<Bell>>,
+}
+
+enum Backend {
+    Uring(Uring),
+    #[cfg(test)]
+    Scripted(scripted::Scripted),
+}
+
+impl Driver {
+    /// A driver on a ring of its own.
+    pub(crate) fn uring(config: Config) -> Result<Driver> {
+        Ok(Driver {
+            slots: Slots::new(),
+            counters: Counters::default(),
+            backend: Backend::Uring(Uring::new(config)?),
+            eventfd: None,
+            eventfd_unwatched: false,
+            messages: Slab::new(),
+        })
+    }
+
+    /// A driver that plays a script.
+    #[cfg(test)]
+    pub(crate) fn scripted(script: scripted::Scripted) -> Driver {
+        Driver {
+            slots: Slots::new(),
+            counters: Counters::default(),
+            backend: Backend::Scripted(script),
+            eventfd: None,
+            eventfd_unwatched: false,
+            messages: Slab::new(),
+        }
+    }
+
+    /// The bell other threads wake this driver by. With `eventfd`, also threads without a ring can.
+    pub(crate) fn bell(&mut self, eventfd: bool) -> Result<Bell> {
+        let mut fds = BellFds {
+            ring: None,
+            eventfd: None,
+        };
+        match &mut self.backend {
+            Backend::Uring(uring) => {
+                fds.ring = Some(uring.ring_fd());
+                if eventfd {
+                    let eventfd = sys::eventfd()?;
+                    let watched = uring.prepare_eventfd(eventfd.as_raw_fd(), &mut self.counters);
+                    assert!(watched.is_ok(), "a new ring has room");
+                    self.eventfd = Some(eventfd.as_raw_fd());
+                    fds.eventfd = Some(eventfd);
+                }
+            }
+            #[cfg(test)]
+            Backend::Scripted(_) => {}
+        }
+        Ok(Bell {
+            fds: Mutex::new(fds),
+        })
+    }
+
+    /// Rings another driver's bell through this one, at once: by a message between the rings. False where the other is gone,
+    /// or the message could not be submitted. A message the other ring refuses is followed by its eventfd.
+    pub(crate) fn ring(&mut self, bell: &Arc<Bell>) -> bool {
+        match &mut self.backend {
+            Backend::Uring(uring) => {
+                if !uring.is_ours() {
+                    return false;
+                }
+                let fds = bell.lock();
+                let Some(ring_fd) = fds.ring else {
+                    return false;
+                };
+                let index = self.messages.insert(bell.clone());
+                let tag = TAG_MESSAGE | (index as u64) << 32;
+                if uring.prepare_message(ring_fd, tag, &mut self.counters).is_err() {
+                    self.messages.remove(index);
+                    return false;
+                }
+                // Submitted under the lock: see BellFds.
+                uring.enter(false, &mut self.counters);
+                !uring.has_unsubmitted()
+            }
+            #[cfg(test)]
+            Backend::Scripted(_) => false,
+        }
+    }
+
+    pub(crate) fn features(&self) -> &Features {
+        match &self.backend {
+            Backend::Uring(uring) => uring.features(),
+            #[cfg(test)]
+            Backend::Scripted(script) => script.features(),
+        }
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    pub(crate) fn slots(&mut self) -> &mut Slots {
+        &mut self.slots
+    }
+
+    /// Whether this process made the driver, rather than inheriting it by fork(2).
+    #[inline]
+    pub(crate) fn is_ours(&self) -> bool {
+        match &self.backend {
+            Backend::Uring(uring) => uring.is_ours(),
+            #[cfg(test)]
+            Backend::Scripted(_) => true,
+        }
+    }
+
+    /// Starts `op` as `key`, which [`Slots::begin`] made. `timeout` counts from its submission.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`]: nothing was started; reap and try again.
+    ///
+    /// # Safety
+    ///
+    /// The memory that `op` borrows and `*timeout` must stay valid and, where the operation writes, unaliased until the
+    /// completion of the key has been returned by [`next`](Driver::next), whatever happens to the borrowing frame.
+    #[inline]
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn submit(
+        &mut self,
+        op: &mut Op<'_>,
+        key: Key,
+        timeout: Option<&Timespec>,
+    ) -> std::result::Result<(), Full> {
+        match &mut self.backend {
+            // SAFETY: the caller's promise.
+            Backend::Uring(uring) => unsafe { uring.prepare(op, key, timeout, &mut self.counters) },
+            #[cfg(test)]
+            // SAFETY: the caller's promise.
+            Backend::Scripted(script) => unsafe { script.prepare(op, key, timeout) },
+        }?;
+        self.counters.operations += 1;
+        Ok(())
+    }
+
+    /// Asks for an early end of the operation `key`; its completion still comes. A full queue is made room in by reaping
+    /// first, so the request is tried again by the caller.
+    pub(crate) fn cancel(&mut self, key: Key) -> std::result::Result<(), Full> {
+        if !self.slots.is_waiting(key) {
+            return Ok(());
+        }
+        match &mut self.backend {
+            Backend::Uring(uring) => uring.prepare_cancel(key, &mut self.counters),
+            #[cfg(test)]
+            Backend::Scripted(script) => {
+                script.cancel(key);
+                Ok(())
+            }
+        }
+    }
+
+    /// Ends the watch of the eventfd, so that nothing of the ring is in flight any more.
+    pub(crate) fn close_bell(&mut self) {
+        if self.eventfd.take().is_some() {
+            match &mut self.backend {
+                // A full queue keeps the watch: it borrows no memory, and closing the ring ends it too.
+                Backend::Uring(uring) => {
+                    let _ = uring.prepare_cancel(Key(TAG_EVENTFD), &mut self.counters);
+                    uring.enter(false, &mut self.counters);
+                }
+                #[cfg(test)]
+                Backend::Scripted(_) => {}
+            }
+        }
+    }
+
+    /// Makes a waiting [`enter`](Driver::enter) return after `duration` at the latest.
+    ///
+    /// # Safety
+    ///
+    /// `*duration` must stay valid until the next enter.
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn tick(&mut self, duration: &Timespec) -> std::result::Result<(), Full> {
+        match &mut self.backend {
+            // SAFETY: the caller's promise.
+            Backend::Uring(uring) => unsafe { uring.prepare_tick(duration, &mut self.counters) },
+            #[cfg(test)]
+            Backend::Scripted(_) => Ok(()),
+        }
+    }
+
+    /// Submits what was prepared and, with `wait`, blocks until something completes or somebody rings.
+    pub(crate) fn enter(&mut self, wait: bool) {
+        match &mut self.backend {
+            Backend::Uring(uring) => {
+                if self.eventfd_unwatched
+                    && let Some(eventfd) = self.eventfd
+                {
+                    let watched = uring.prepare_eventfd(eventfd, &mut self.counters);
+                    self.eventfd_unwatched = watched.is_err();
+                }
+                uring.enter(wait, &mut self.counters);
+            }
+            #[cfg(test)]
+            Backend::Scripted(script) => script.enter(wait),
+        }
+    }
+
+    /// The next completion at hand and its waiter.
+    #[inline]
+    pub(crate) fn next(&mut self) -> Option<(Waiter, Completion)> {
+        use slab::TAG_FIRST;
+        loop {
+            let (user_data, completion) = match &mut self.backend {
+                Backend::Uring(uring) => uring.next(&mut self.counters)?,
+                #[cfg(test)]
+                Backend::Scripted(script) => script.next()?,
+            };
+            if (user_data as u32) < TAG_FIRST {
+                if let Some(delivered) = self.slots.complete(user_data, completion) {
+                    return Some(delivered);
+                }
+            } else {
+                self.notice(user_data, completion);
+            }
+        }
+    }
+
+    /// A CQE no slot waits for. Timers and cancels need nothing further; a bell that could not be rung by message is rung by
+    /// eventfd; a watch that ended is set up again.
+    #[cold]
+    fn notice(&mut self, user_data: u64, completion: Completion) {
+        match user_data & 0xffff_ffff {
+            TAG_EVENTFD => {
+                self.eventfd_unwatched = completion.flags & slab::CQE_F_MORE == 0
+                    && completion.res != -libc::ECANCELED;
+            }
+            TAG_MESSAGE => {
+                if let Some(bell) = self.messages.try_remove((user_data >> 32) as usize)
+                    && completion.res < 0
+                {
+                    self.counters.messages_failed += 1;
+                    bell.ring_by_eventfd();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether something is at hand or queued that makes the next enter worth while without waiting: SQEs to submit,
+    /// completions to post.
+    #[inline]
+    pub(crate) fn has_work(&self) -> bool {
+        match &self.backend {
+            Backend::Uring(uring) => uring.has_unsubmitted() || uring.has_deferred(),
+            #[cfg(test)]
+            Backend::Scripted(script) => script.has_work(),
+        }
+    }
+
+    /// How many SQEs the kernel has taken so far.
+    pub(crate) fn submitted(&self) -> u64 {
+        match &self.backend {
+            Backend::Uring(uring) => self.counters.sqes - uring.unsubmitted() as u64,
+            #[cfg(test)]
+            Backend::Scripted(_) => self.counters.sqes,
+        }
+    }
+
+    /// Whether nothing is queued and no completion is at hand, so that an enter would carry only what comes next.
+    #[inline]
+    pub(crate) fn is_quiet(&self) -> bool {
+        match &self.backend {
+            Backend::Uring(uring) => !uring.has_unsubmitted() && !uring.has_next(),
+            #[cfg(test)]
+            Backend::Scripted(_) => true,
+        }
+    }
+
+    /// The driver's clock in nanoseconds.
+    pub(crate) fn now_ns(&self) -> i64 {
+        match &self.backend {
+            Backend::Uring(_) => sys::monotonic_ns(),
+            #[cfg(test)]
+            Backend::Scripted(script) => script.now_ns(),
+        }
+    }
+
+    /// Runs `op` as one call that does not wait: `-EAGAIN` where it would.
+    pub(crate) fn attempt(&mut self, op: &mut Op<'_>) -> i32 {
+        match &mut self.backend {
+            Backend::Uring(_) => op.attempt(),
+            #[cfg(test)]
+            Backend::Scripted(script) => script.attempt(op),
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! The operations a driver can run, and the one table that describes them.
+//!
+//! An [`Op`] borrows the memory the kernel will touch, so its lifetime *is* the time that memory must stay put. It knows no
+//! ring: `driver/uring.rs` turns it into an SQE, and [`Op::attempt`] into one system call that does not block.
+//!
+//! To add an operation: a variant here, a row in [`OPS`], the `match` arms the compiler then asks for.
+
+use std::mem::MaybeUninit;
+use std::os::fd::RawFd;
+
+use crate::address::SockAddr;
+use crate::sys;
+
+/// The most bytes one transfer can move: the kernel's `MAX_RW_COUNT` (`INT_MAX` rounded down to a page). Longer buffers are
+/// cut to it, as `recv(2)` and `send(2)` do.
+pub(crate) const TRANSFER_BYTES_MAX: usize = 0x7fff_f000;
+
+/// A span of time for the kernel: seconds and nanoseconds, as in `struct __kernel_timespec`.
+pub(crate) use io_uring::types::Timespec;
+
+/// The nanoseconds (0 or more) as a [`Timespec`].
+#[inline]
+pub(crate) fn timespec_from_ns(ns: i64) -> Timespec {
+    debug_assert!(ns >= 0);
+    const NS_PER_S: i64 = 1_000_000_000;
+    Timespec::new()
+        .sec((ns / NS_PER_S) as u64)
+        .nsec((ns % NS_PER_S) as u32)
+}
+
+/// One operation and the memory it lends to the kernel until its final CQE.
+pub(crate) enum Op<'a> {
+    /// recv(2). The result is the number of bytes, 0 at the end of the stream.
+    Recv {
+        fd: RawFd,
+        buffer: &'a mut [MaybeUninit<u8>],
+        flags: i32,
+    },
+    /// send(2). The result is the number of bytes the kernel took.
+    Send {
+        fd: RawFd,
+        buffer: &'a [u8],
+        flags: i32,
+    },
+    /// accept4(2) with `SOCK_CLOEXEC`. The result is the new descriptor.
+    Accept { fd: RawFd, address: &'a mut SockAddr },
+    /// connect(2). The result is 0.
+    Connect { fd: RawFd, address: &'a SockAddr },
+    /// poll(2) of one descriptor, one shot. The result is the ready events.
+    Poll { fd: RawFd, events: i16 },
+    /// A timer. The result is `-ETIME` when it fires.
+    Sleep { duration: Timespec },
+}
+
+/// What the table says about one operation.
+pub(crate) struct OpInfo {
+    /// The kernel's name without `IORING_OP_`.
+    pub(crate) name: &'static str,
+    /// `IORING_OP_*`.
+    pub(crate) opcode: u8,
+    /// The first Linux release that has it.
+    pub(crate) since: &'static str,
+    /// A result of 0 or more is a descriptor, which somebody must own.
+    pub(crate) result_is_fd: bool,
+}
+
+/// One row per [`Op`] variant, in the order of the variants.
+pub(crate) const OPS: [OpInfo; 6] = [
+    row("RECV", io_uring::opcode::Recv::CODE, "5.6", false),
+    row("SEND", io_uring::opcode::Send::CODE, "5.6", false),
+    row("ACCEPT", io_uring::opcode::Accept::CODE, "5.5", true),
+    row("CONNECT", io_uring::opcode::Connect::CODE, "5.5", false),
+    row("POLL_ADD", io_uring::opcode::PollAdd::CODE, "5.1", false),
+    row("TIMEOUT", io_uring::opcode::Timeout::CODE, "5.4", false),
+];
+
+const fn row(name: &'static str, opcode: u8, since: &'static str, result_is_fd: bool) -> OpInfo {
+    OpInfo {
+        name,
+        opcode,
+        since,
+        result_is_fd,
+    }
+}
+
+impl Op<'_> {
+    /// This operation's row.
+    pub(crate) fn info(&self) -> &'static OpInfo {
+        &OPS[match self {
+            Op::Recv { .. } => 0,
+            Op::Send { .. } => 1,
+            Op::Accept { .. } => 2,
+            Op::Connect { .. } => 3,
+            Op::Poll { .. } => 4,
+            Op::Sleep { .. } => 5,
+        }]
+    }
+
+    /// Runs the operation as one system call that does not wait, whatever the descriptor's `O_NONBLOCK` says: 0 or more as
+    /// the operation's own result, `-EAGAIN` when it would have to wait, another negative errno when it failed.
+    ///
+    /// accept4(2) and connect(2) know no `MSG_DONTWAIT`: an accept looks with poll(2) first, so another acceptor of the same
+    /// listener can make it wait where the listener is in blocking mode; a connect relies on the caller having set
+    /// `O_NONBLOCK`.
+    pub(crate) fn attempt(&mut self) -> i32 {
+        match self {
+            Op::Recv { fd, buffer, flags } => sys::recv(*fd, buffer, *flags | libc::MSG_DONTWAIT),
+            Op::Send { fd, buffer, flags } => sys::send(
+                *fd,
+                buffer,
+                (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+            ),
+            Op::Accept { fd, address } => match sys::poll(*fd, libc::POLLIN, 0) {
+                0 => -libc::EAGAIN,
+                ready if ready < 0 => ready,
+                _ => sys::accept4(*fd, address),
+            },
+            Op::Connect { fd, address } => sys::connect(*fd, address),
+            Op::Poll { fd, events } => match sys::poll(*fd, *events, 0) {
+                0 => -libc::EAGAIN,
+                other => other,
+            },
+            Op::Sleep { .. } => -libc::EAGAIN,
+        }
+    }
+
+    /// The descriptor and the events that make another [`attempt`](Op::attempt) worth while; `None` for a pure timer.
+    pub(crate) fn readiness(&self) -> Option<(RawFd, i16)> {
+        match self {
+            Op::Recv { fd, .. } | Op::Accept { fd, .. } => Some((*fd, libc::POLLIN)),
+            Op::Send { fd, .. } | Op::Connect { fd, .. } => Some((*fd, libc::POLLOUT)),
+            Op::Poll { fd, events } => Some((*fd, *events)),
+            Op::Sleep { .. } => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_accept_yields_a_descriptor() {
+        let mut address = SockAddr::empty();
+        let accept = Op::Accept {
+            fd: -1,
+            address: &mut address,
+        };
+        assert!(accept.info().result_is_fd);
+        assert_eq!(accept.info().name, "ACCEPT");
+        assert_eq!(OPS.iter().filter(|row| row.result_is_fd).count(), 1);
+    }
+
+    #[test]
+    fn nanoseconds_split_into_seconds() {
+        assert_eq!(
+            format!("{:?}", timespec_from_ns(2_000_000_007)),
+            format!("{:?}", Timespec::new().sec(2).nsec(7))
+        );
+    }
+}

@@ -1,0 +1,643 @@
+//! The io_uring backend: setup ladder, SQE preparation, entering, reaping.
+//!
+//! One [`Uring`] belongs to one thread. It owns the ring's queues and knows neither who waits for a CQE (`driver/slab.rs`) nor
+//! what a fiber is. It needs Linux 6.1.
+//!
+//! ```text
+//!  prepare ──▶ SQ (user memory) ──enter──▶ kernel ──task work, run inside enter──▶ CQ ──next──▶ caller
+//! ```
+//!
+//! Rules kept here:
+//! - an SQE is a promise: once pushed it *will* reach the kernel, so the memory it names belongs to the kernel from then on;
+//! - with a deadline the SQE is linked to a LINK_TIMEOUT whose CQE is skipped or ignored: the operation's own CQE is the verdict;
+//! - EINTR, EAGAIN, EBUSY and ENOMEM of io_uring_enter leave SQEs queued; nothing is lost and each is counted.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
+
+use super::features::{self, Features};
+use super::op::{OPS, Op, TRANSFER_BYTES_MAX, Timespec};
+use super::slab::{Completion, Key, TAG_CANCEL, TAG_EVENTFD, TAG_TIMER, TAG_WAKE};
+use super::{Config, Counters};
+use crate::error::{Error, Result};
+use crate::sys;
+
+/// `IORING_REGISTER_RING_FDS`. The crate's own call keeps the index to itself, and we enter by hand.
+const REGISTER_RING_FDS: libc::c_uint = 20;
+const ENTER_GETEVENTS: u32 = 1 << 0;
+const ENTER_REGISTERED_RING: u32 = 1 << 4;
+const ENTER_NO_IOWAIT: u32 = 1 << 7;
+
+/// The longest nap between two tries of an enter the kernel has no memory for.
+const ENTER_NAP_MAX: Duration = Duration::from_millis(64);
+
+/// One ring and its queues.
+pub(crate) struct Uring {
+    // The queues borrow the ring, which `drop` frees after them; hence the order and the ManuallyDrop.
+    sq: ManuallyDrop<squeue::SubmissionQueue<'static>>,
+    cq: ManuallyDrop<cqueue::CompletionQueue<'static>>,
+    ring: *mut IoUring,
+    /// What enter is given as ring: a registered index, or the descriptor.
+    enter_fd: i32,
+    enter_flags: u32,
+    /// The ring belongs to the process that still reads this epoch from the mark.
+    fork_mark: &'static AtomicU32,
+    fork_epoch: u32,
+    features: Features,
+    nap: Duration,
+}
+
+/// The submission queue is full and the kernel takes nothing right now.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Full;
+
+/// One rung of the setup ladder: a flag, and what losing it means.
+struct Rung {
+    name: &'static str,
+    what: &'static str,
+    since: &'static str,
+    set: fn(&mut io_uring::Builder),
+}
+
+/// The flags that setup asks for, oldest first. On EINVAL the newest still asked for is dropped.
+const LADDER: [Rung; 6] = [
+    Rung {
+        name: "SUBMIT_ALL",
+        what: "a refused SQE does not stop the ones behind it",
+        since: "5.18",
+        set: |builder| {
+            builder.setup_submit_all();
+        },
+    },
+    Rung {
+        name: "COOP_TASKRUN",
+        what: "completions do not interrupt the thread",
+        since: "5.19",
+        set: |builder| {
+            builder.setup_coop_taskrun();
+        },
+    },
+    Rung {
+        name: "TASKRUN_FLAG",
+        what: "the ring shows when completions wait to be posted",
+        since: "5.19",
+        set: |builder| {
+            builder.setup_taskrun_flag();
+        },
+    },
+    Rung {
+        name: "SINGLE_ISSUER",
+        what: "one thread submits, so the kernel takes no lock for others",
+        since: "6.0",
+        set: |builder| {
+            builder.setup_single_issuer();
+        },
+    },
+    Rung {
+        name: "DEFER_TASKRUN",
+        what: "completions are posted in one batch, when the thread enters",
+        since: "6.1",
+        set: |builder| {
+            builder.setup_defer_taskrun();
+        },
+    },
+    Rung {
+        name: "NO_SQARRAY",
+        what: "no index array beside the submission queue",
+        since: "6.6",
+        set: |builder| {
+            builder.setup_no_sqarray();
+        },
+    },
+];
+
+/// Climbs down the ladder until `setup` succeeds: fewer flags on EINVAL, smaller queues on ENOMEM.
+fn climb<R>(
+    config: Config,
+    features: &mut Features,
+    mut setup: impl FnMut(&io_uring::Builder, u32) -> io::Result<R>,
+) -> Result<R> {
+    let mut rungs = LADDER.len();
+    let mut sq_entries = config.sq_entries;
+    loop {
+        let mut builder = IoUring::builder();
+        // DONTFORK: a forked child must not even see the queues.
+        builder
+            .dontfork()
+            .setup_clamp()
+            .setup_cqsize(sq_entries.saturating_mul(config.cq_per_sq).max(2));
+        for rung in &LADDER[..rungs] {
+            (rung.set)(&mut builder);
+        }
+        match setup(&builder, sq_entries) {
+            Ok(ring) => {
+                for rung in &LADDER[..rungs] {
+                    features.on(rung.name, rung.what);
+                }
+                for rung in &LADDER[rungs..] {
+                    features.off(
+                        rung.name,
+                        "refused by this kernel".to_owned(),
+                        &format!("Linux {} has it", rung.since),
+                    );
+                }
+                return Ok(ring);
+            }
+            Err(error) => match error.raw_os_error().unwrap_or(libc::EINVAL) {
+                libc::EINVAL if rungs > 0 => rungs -= 1,
+                libc::ENOMEM if sq_entries > 2 => sq_entries /= 2,
+                errno => return Err(features::setup_error(errno)),
+            },
+        }
+    }
+}
+
+impl Uring {
+    pub(crate) fn new(config: Config) -> Result<Uring> {
+        let mut features = Features::default();
+        let ring = climb(config, &mut features, |builder, entries| builder.build(entries))?;
+        let params = ring.params();
+        features.entries = (params.sq_entries(), params.cq_entries());
+        if params.sq_entries() < config.sq_entries {
+            features.off(
+                "full-size rings",
+                format!("no memory for {} entries", config.sq_entries),
+                "raise RLIMIT_MEMLOCK (ulimit -l)",
+            );
+        }
+        probe(&ring, &mut features)?;
+
+        let mut enter_flags = 0;
+        if ring.params().is_feature_no_iowait() {
+            enter_flags |= ENTER_NO_IOWAIT;
+            features.on("NO_IOWAIT", "a waiting ring is not shown as disk wait");
+        } else {
+            features.off(
+                "NO_IOWAIT",
+                "a waiting ring looks like 100 % disk wait in top".to_owned(),
+                "Linux 6.15 has it",
+            );
+        }
+        let mut enter_fd = ring.as_raw_fd();
+        match register_ring_fd(enter_fd) {
+            Ok(index) => {
+                enter_fd = index;
+                enter_flags |= ENTER_REGISTERED_RING;
+                features.on("REGISTER_RING_FDS", "entering needs no descriptor look-up");
+            }
+            Err(errno) => features.off(
+                "REGISTER_RING_FDS",
+                format!("refused with errno {errno}"),
+                "Linux 5.18 has it, for 16 rings a thread",
+            ),
+        }
+
+        let ring = Box::into_raw(Box::new(ring));
+        // SAFETY: `ring` was just boxed and is freed only by `drop`, after both queues; `split` is called once, so each queue
+        // has one handle.
+        let (_, sq, cq) = unsafe { (*ring).split() };
+        Ok(Uring {
+            sq: ManuallyDrop::new(sq),
+            cq: ManuallyDrop::new(cq),
+            ring,
+            enter_fd,
+            enter_flags,
+            fork_mark: sys::fork_mark(),
+            fork_epoch: sys::fork_epoch(),
+            features,
+            nap: Duration::ZERO,
+        })
+    }
+
+    pub(crate) fn features(&self) -> &Features {
+        &self.features
+    }
+
+    /// The ring's descriptor, for messages from other rings.
+    pub(crate) fn ring_fd(&self) -> RawFd {
+        // SAFETY: the ring lives until `drop`.
+        unsafe { (*self.ring).as_raw_fd() }
+    }
+
+    /// Whether this process made the ring, rather than inheriting it by fork(2).
+    #[inline]
+    pub(crate) fn is_ours(&self) -> bool {
+        self.fork_mark.load(Ordering::Relaxed) == self.fork_epoch
+    }
+
+    /// Whether an SQE waits to be submitted.
+    #[inline]
+    pub(crate) fn has_unsubmitted(&self) -> bool {
+        !self.sq.is_empty()
+    }
+
+    /// How many SQEs wait to be submitted.
+    pub(crate) fn unsubmitted(&self) -> usize {
+        self.sq.len()
+    }
+
+    /// Whether the kernel has completions that the next enter would post.
+    #[inline]
+    pub(crate) fn has_deferred(&self) -> bool {
+        self.sq.taskrun() || self.sq.cq_overflow()
+    }
+
+    /// Puts the operation into the submission queue, with a deadline `timeout` from its submission on if given.
+    ///
+    /// # Safety
+    ///
+    /// The memory that `op` borrows and `*timeout` must stay valid and, where the operation writes, unaliased until the final
+    /// CQE of `key` has been reaped, whatever happens to the borrowing frame.
+    #[inline]
+    pub(crate) unsafe fn prepare(
+        &mut self,
+        op: &mut Op<'_>,
+        key: Key,
+        timeout: Option<&Timespec>,
+        counters: &mut Counters,
+    ) -> std::result::Result<(), Full> {
+        let entry = match op {
+            Op::Recv { fd, buffer, flags } => opcode::Recv::new(
+                types::Fd(*fd),
+                buffer.as_mut_ptr().cast(),
+                buffer.len().min(TRANSFER_BYTES_MAX) as u32,
+            )
+            .flags(*flags)
+            .build(),
+            Op::Send { fd, buffer, flags } => opcode::Send::new(
+                types::Fd(*fd),
+                buffer.as_ptr(),
+                buffer.len().min(TRANSFER_BYTES_MAX) as u32,
+            )
+            .flags(*flags | libc::MSG_NOSIGNAL)
+            .build(),
+            Op::Accept { fd, address } => {
+                let (storage, len) = address.as_mut_parts();
+                opcode::Accept::new(types::Fd(*fd), storage, len)
+                    .flags(libc::SOCK_CLOEXEC)
+                    .build()
+            }
+            Op::Connect { fd, address } => {
+                opcode::Connect::new(types::Fd(*fd), address.as_ptr(), address.len()).build()
+            }
+            Op::Poll { fd, events } => {
+                opcode::PollAdd::new(types::Fd(*fd), *events as u16 as u32).build()
+            }
+            Op::Sleep { duration } => opcode::Timeout::new(duration).build(),
+        };
+        let entry = entry.user_data(key.0);
+        match timeout {
+            None => self.push(&entry, counters),
+            Some(timeout) => {
+                if self.free() < 2 {
+                    self.make_room(2, counters)?;
+                }
+                let timer = opcode::LinkTimeout::new(timeout)
+                    .build()
+                    .user_data(TAG_TIMER)
+                    .flags(squeue::Flags::SKIP_SUCCESS);
+                self.push(&entry.flags(squeue::Flags::IO_LINK), counters)?;
+                self.push(&timer, counters)
+            }
+        }
+    }
+
+    /// Asks the kernel to cancel the operation `key`. Its own CQE, -ECANCELED or a result it already had, still comes.
+    pub(crate) fn prepare_cancel(
+        &mut self,
+        key: Key,
+        counters: &mut Counters,
+    ) -> std::result::Result<(), Full> {
+        let entry = opcode::AsyncCancel::new(key.0)
+            .build()
+            .user_data(TAG_CANCEL)
+            .flags(squeue::Flags::SKIP_SUCCESS);
+        self.push(&entry, counters)
+    }
+
+    /// Posts a wake-up CQE in another ring. The message's own CQE bears `tag`.
+    pub(crate) fn prepare_message(
+        &mut self,
+        ring_fd: RawFd,
+        tag: u64,
+        counters: &mut Counters,
+    ) -> std::result::Result<(), Full> {
+        let entry = opcode::MsgRingData::new(types::Fd(ring_fd), 0, TAG_WAKE, None)
+            .build()
+            .user_data(tag);
+        self.push(&entry, counters)
+    }
+
+    /// Watches an eventfd: every write to it posts a wake-up CQE. It needs no memory of ours, unlike a read of the counter.
+    pub(crate) fn prepare_eventfd(
+        &mut self,
+        eventfd: RawFd,
+        counters: &mut Counters,
+    ) -> std::result::Result<(), Full> {
+        let entry = opcode::PollAdd::new(types::Fd(eventfd), libc::POLLIN as u32)
+            .multi(true)
+            .build()
+            .user_data(TAG_EVENTFD);
+        self.push(&entry, counters)
+    }
+
+    /// Wakes the next waiting enter after `duration` at the latest.
+    ///
+    /// # Safety
+    ///
+    /// `*duration` must stay valid until the next enter that submits.
+    pub(crate) unsafe fn prepare_tick(
+        &mut self,
+        duration: &Timespec,
+        counters: &mut Counters,
+    ) -> std::result::Result<(), Full> {
+        let entry = opcode::Timeout::new(duration).build().user_data(TAG_TIMER);
+        self.push(&entry, counters)
+    }
+
+    fn free(&self) -> usize {
+        self.sq.capacity() - self.sq.len()
+    }
+
+    #[inline]
+    fn push(
+        &mut self,
+        entry: &squeue::Entry,
+        counters: &mut Counters,
+    ) -> std::result::Result<(), Full> {
+        if self.sq.is_full() {
+            self.make_room(1, counters)?;
+        }
+        // SAFETY: room was made above, so the push succeeds. The memory the entry names is kept as the caller of `prepare`
+        // promised; the other entries name none, or constants.
+        if unsafe { self.sq.push(entry) }.is_err() {
+            return Err(Full);
+        }
+        counters.sqes += 1;
+        Ok(())
+    }
+
+    /// Submits without waiting, so that `wanted` entries fit.
+    #[cold]
+    fn make_room(&mut self, wanted: usize, counters: &mut Counters) -> std::result::Result<(), Full> {
+        counters.sq_full += 1;
+        self.enter(false, counters);
+        if self.free() < wanted { Err(Full) } else { Ok(()) }
+    }
+
+    /// Submits everything and, with `wait`, blocks until there is at least one CQE to reap (or memory is so short that the
+    /// caller should look after its other work first).
+    pub(crate) fn enter(&mut self, wait: bool, counters: &mut Counters) {
+        loop {
+            self.sq.sync();
+            let to_submit = self.sq.len();
+            if wait {
+                self.cq.sync();
+                if !self.cq.is_empty() && to_submit == 0 && !self.has_deferred() {
+                    return;
+                }
+            }
+            counters.enters += 1;
+            let min_complete = u32::from(wait);
+            // GETEVENTS also without waiting: it posts what the kernel has deferred, and flushes an overflown CQ first.
+            let flags = ENTER_GETEVENTS | self.enter_flags;
+            // SAFETY: no signal mask is passed; the ring is ours; each submitted SQE names memory kept as `prepare` promises.
+            let returned = unsafe {
+                libc::syscall(
+                    libc::SYS_io_uring_enter,
+                    self.enter_fd,
+                    to_submit as u32,
+                    min_complete,
+                    flags,
+                    std::ptr::null::<libc::sigset_t>(),
+                    8usize,
+                )
+            };
+            let errno = if returned < 0 { sys::errno() } else { 0 };
+            self.sq.sync();
+            self.cq.sync();
+            match errno {
+                0 => {
+                    self.nap = Duration::ZERO;
+                    // A short submit (the kernel was out of requests) does not wait: come again for the rest.
+                    if !wait || !self.cq.is_empty() {
+                        return;
+                    }
+                }
+                libc::EINTR => {
+                    counters.enters_interrupted += 1;
+                    if !wait || !self.cq.is_empty() {
+                        return;
+                    }
+                }
+                libc::EAGAIN | libc::EBUSY | libc::ENOMEM => {
+                    // Out of requests, or the CQ overflowed and wants reaping. What is reapable goes first; with nothing to
+                    // reap, only time helps.
+                    counters.enters_refused += 1;
+                    if !self.cq.is_empty() {
+                        return;
+                    }
+                    self.nap = (self.nap * 2).clamp(Duration::from_millis(1), ENTER_NAP_MAX);
+                    std::thread::sleep(self.nap);
+                    return;
+                }
+                // EBADF, ENXIO, EINVAL, EFAULT, EEXIST: the ring is not what we set up. Going on would lose operations whose
+                // memory the kernel may still own, so nothing may unwind.
+                _ => {
+                    eprintln!(
+                        "ringsock: io_uring_enter failed with {}; the ring is unusable, ending the process",
+                        io::Error::from_raw_os_error(errno)
+                    );
+                    std::process::abort();
+                }
+            }
+        }
+    }
+
+    /// The next CQE: its `user_data` and its result.
+    #[inline]
+    pub(crate) fn next(&mut self, counters: &mut Counters) -> Option<(u64, Completion)> {
+        let entry = match self.cq.next() {
+            Some(entry) => entry,
+            None => {
+                if self.sq.cq_overflow() {
+                    counters.cq_overflows += 1;
+                }
+                self.cq.sync();
+                self.cq.next()?
+            }
+        };
+        counters.cqes += 1;
+        Some((
+            entry.user_data(),
+            Completion {
+                res: entry.result(),
+                flags: entry.flags(),
+            },
+        ))
+    }
+
+    /// Whether another CQE is at hand without entering.
+    #[inline]
+    pub(crate) fn has_next(&self) -> bool {
+        !self.cq.is_empty()
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // SAFETY: neither queue is used again; both borrow the ring, which is freed below.
+        unsafe {
+            ManuallyDrop::drop(&mut self.sq);
+            ManuallyDrop::drop(&mut self.cq);
+        }
+        if self.is_ours() {
+            // SAFETY: made by Box::into_raw in `new`, and freed once, here.
+            drop(unsafe { Box::from_raw(self.ring) });
+        } else {
+            // In a forked child the queues are not mapped (DONTFORK): unmapping their addresses could hit something newer.
+            // Only the descriptor is ours to close; the box is leaked, once per inherited ring.
+            sys::close(self.ring_fd());
+        }
+    }
+}
+
+/// Registers the ring's descriptor with this thread: its index, or an errno.
+fn register_ring_fd(fd: RawFd) -> std::result::Result<i32, i32> {
+    #[repr(C)]
+    struct RsrcUpdate {
+        offset: u32,
+        resv: u32,
+        data: u64,
+    }
+    let mut update = RsrcUpdate {
+        offset: u32::MAX,
+        resv: 0,
+        data: fd as u64,
+    };
+    // SAFETY: one `struct io_uring_rsrc_update` is passed and its count is 1; the kernel writes the index back into it.
+    let returned = unsafe {
+        libc::syscall(
+            libc::SYS_io_uring_register,
+            fd,
+            REGISTER_RING_FDS,
+            &mut update as *mut RsrcUpdate,
+            1u32,
+        )
+    };
+    if returned == 1 {
+        Ok(update.offset as i32)
+    } else {
+        Err(sys::errno())
+    }
+}
+
+/// Asks for every operation this crate submits.
+fn probe(ring: &IoUring, features: &mut Features) -> Result<()> {
+    let mut probe = Probe::new();
+    ring.submitter()
+        .register_probe(&mut probe)
+        .map_err(|error| Error::from_errno(error.raw_os_error().unwrap_or(libc::EINVAL)))?;
+    let engine = [
+        ("ASYNC_CANCEL", opcode::AsyncCancel::CODE, "5.5"),
+        ("LINK_TIMEOUT", opcode::LinkTimeout::CODE, "5.5"),
+        ("MSG_RING", opcode::MsgRingData::CODE, "5.18"),
+    ];
+    let rows = OPS.iter().map(|row| (row.name, row.opcode, row.since));
+    for (name, code, since) in rows.chain(engine) {
+        if !probe.is_supported(code) {
+            return Err(features::too_old(&format!("IORING_OP_{name} (Linux {since})")));
+        }
+        features.on(name, "operation");
+    }
+    // Below 6.1 a timed MSG_WAITALL transfer could lose bytes. SENDMSG_ZC came with 6.1 and marks it.
+    if !probe.is_supported(opcode::SendMsgZc::CODE) {
+        return Err(features::too_old("lossless linked timeouts"));
+    }
+    let params = ring.params();
+    if !params.is_feature_nodrop() || !params.is_feature_fast_poll() || !params.is_feature_skip_cqe_on_success() {
+        return Err(features::too_old("NODROP, FAST_POLL or CQE_SKIP"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tiny() -> Config {
+        Config {
+            sq_entries: 4,
+            cq_per_sq: 2,
+        }
+    }
+
+    #[test]
+    fn the_ladder_drops_refused_flags_newest_first() {
+        let mut features = Features::default();
+        let mut tries = 0;
+        let ring = climb(tiny(), &mut features, |builder, entries| {
+            tries += 1;
+            if tries <= 2 {
+                return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            }
+            builder.build(entries)
+        })
+        .unwrap();
+        assert!(!ring.params().is_setup_sqpoll());
+        assert!(!features.is_on("NO_SQARRAY"));
+        assert!(!features.is_on("DEFER_TASKRUN"));
+        assert!(features.is_on("SINGLE_ISSUER"));
+        assert!(features.to_string().contains("Linux 6.1 has it"));
+    }
+
+    #[test]
+    fn the_ladder_halves_the_queues_when_memory_is_short() {
+        let mut features = Features::default();
+        let config = Config {
+            sq_entries: 64,
+            cq_per_sq: 2,
+        };
+        let ring = climb(config, &mut features, |builder, entries| {
+            if entries > 16 {
+                return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+            }
+            builder.build(entries)
+        })
+        .unwrap();
+        assert_eq!(ring.params().sq_entries(), 16);
+    }
+
+    #[test]
+    fn a_forbidden_ring_is_a_sentence_not_a_number() {
+        let mut features = Features::default();
+        let Err(error) = climb::<()>(tiny(), &mut features, |_, _| {
+            Err(io::Error::from_raw_os_error(libc::EPERM))
+        }) else {
+            panic!("a ring where none is allowed");
+        };
+        assert!(error.to_string().contains("seccomp"), "{error}");
+    }
+
+    #[test]
+    fn a_ring_without_the_newest_flags_still_works() {
+        for dropped in 0..=LADDER.len() {
+            let mut features = Features::default();
+            let mut tries = 0;
+            let ring = climb(tiny(), &mut features, |builder, entries| {
+                tries += 1;
+                if tries <= dropped {
+                    return Err(io::Error::from_raw_os_error(libc::EINVAL));
+                }
+                builder.build(entries)
+            });
+            assert!(ring.is_ok(), "with {dropped} flags dropped");
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! The operations in flight through one socket object, and how closing ends them.
+//!
+//! Almost always one worker works on a socket, with at most one receive and one send at a time. So the first worker to use it
+//! owns two fields, one per direction, which only its thread writes: registering an operation costs one plain store, no
+//! atomic read-modify-write. Everybody else (other workers, plain threads, a second receive) registers in a list behind a
+//! lock.
+//!
+//! # The life of a closing socket
+//!
+//! ```text
+//!  closer                                    owner worker                         others (threads, workers)
+//!  1. closed = true (the first one goes on)
+//!  2. dup3(O_PATH, fd): later uses of the
+//!     number answer EBADF, at submission too
+//!  3. lock; cancel each listed operation ───────────────────────────────────────▶ ASYNC_CANCEL by key,
+//!     and, if there is an owner, send ──────▶ cancels the keys in its two fields,   wait for its own CQE,
+//!                                             or says at once: nothing in flight    unregister, tell closers
+//!  4. park until the list is empty    ◀────── its waiter, after its CQE, clears
+//!     and the owner is done                   the field and tells the closers
+//!  5. return: the last reference to the file is gone, the peer has its FIN
+//! ```
+//!
+//! An operation registered after step 3 was submitted after step 2, so the kernel answers it with EBADF. Cancelling is by key,
+//! never by descriptor: duplicates and forked children share the open file.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use super::park::{Parking, Waker};
+use super::remote::{Control, Remote};
+use super::scheduler::Worker;
+use crate::driver::Key;
+
+/// Which of the owner's two fields an operation goes into.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Direction {
+    /// recv, accept.
+    In = 0,
+    /// send, connect.
+    Out = 1,
+}
+
+/// Where an operation was registered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Place {
+    Owner,
+    Others,
+}
+
+/// See the module's documentation.
+pub(crate) struct InFlight {
+    closed: AtomicBool,
+    /// The owner's id, 0 while there is none.
+    owner: AtomicU32,
+    /// Keys of the owner's operations, by direction; 0 is none. Written by the owner's thread only.
+    keys: [AtomicU64; 2],
+    owner_remote: OnceLock<Arc<Remote>>,
+    rest: Mutex<Rest>,
+}
+
+#[derive(Default)]
+struct Rest {
+    others: Vec<(Arc<Remote>, Key)>,
+    /// The owner has not yet said that nothing of its is in flight.
+    owner_pending: bool,
+    closers: Vec<Waker>,
+}
+
+impl InFlight {
+    pub(crate) const fn new() -> InFlight {
+        InFlight {
+            closed: AtomicBool::new(false),
+            owner: AtomicU32::new(0),
+            keys: [AtomicU64::new(0), AtomicU64::new(0)],
+            owner_remote: OnceLock::new(),
+            rest: Mutex::new(Rest {
+                others: Vec::new(),
+                owner_pending: false,
+                closers: Vec::new(),
+            }),
+        }
+    }
+
+    fn rest(&self) -> MutexGuard<'_, Rest> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[inline]
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    /// Registers a worker's operation, before its submission.
+    #[inline]
+    pub(crate) fn enter(&self, worker: &Worker, key: Key, direction: Direction) -> Place {
+        let field = &self.keys[direction as usize];
+        if self.owner.load(Ordering::Relaxed) == worker.id() && field.load(Ordering::Relaxed) == 0 {
+            field.store(key.0, Ordering::Relaxed);
+            return Place::Owner;
+        }
+        self.enter_rest(worker, key, direction)
+    }
+
+    #[cold]
+    fn enter_rest(&self, worker: &Worker, key: Key, direction: Direction) -> Place {
+        {
+            // Under the lock, so that a closer either finds the owner or has buried the descriptor before this submission.
+            let _rest = self.rest();
+            if self.owner.load(Ordering::Relaxed) == 0 {
+                let _ = self.owner_remote.set(worker.remote().clone());
+                self.owner.store(worker.id(), Ordering::Relaxed);
+                self.keys[direction as usize].store(key.0, Ordering::Relaxed);
+                return Place::Owner;
+            }
+        }
+        self.enter_other(worker.remote(), key);
+        Place::Others
+    }
+
+    /// Registers an operation of a thread that cannot own the socket, before its submission.
+    pub(crate) fn enter_other(&self, remote: &Arc<Remote>, key: Key) {
+        self.rest().others.push((remote.clone(), key));
+    }
+
+    /// The operation has completed.
+    #[inline]
+    pub(crate) fn leave(&self, worker: &Worker, place: Place, key: Key, direction: Direction) {
+        if place == Place::Owner {
+            self.keys[direction as usize].store(0, Ordering::Relaxed);
+            if self.is_closed() {
+                self.owner_left();
+            }
+        } else {
+            self.leave_other(worker.remote(), key);
+        }
+    }
+
+    /// The operation of [`enter_other`](InFlight::enter_other) has completed.
+    #[cold]
+    pub(crate) fn leave_other(&self, remote: &Arc<Remote>, key: Key) {
+        let mut rest = self.rest();
+        // Keys are unique to a ring only.
+        let entry = rest
+            .others
+            .iter()
+            .position(|(other, other_key)| other.id() == remote.id() && *other_key == key);
+        if let Some(index) = entry {
+            rest.others.swap_remove(index);
+        }
+        self.tell_closers(rest);
+    }
+
+    /// On the owner's thread, after a close: done once both fields are empty.
+    #[cold]
+    fn owner_left(&self) {
+        if self.keys.iter().all(|key| key.load(Ordering::Relaxed) == 0) {
+            let mut rest = self.rest();
+            rest.owner_pending = false;
+            self.tell_closers(rest);
+        }
+    }
+
+    fn tell_closers(&self, mut rest: MutexGuard<'_, Rest>) {
+        if rest.others.is_empty() && !rest.owner_pending {
+            let closers = std::mem::take(&mut rest.closers);
+            drop(rest);
+            closers.into_iter().for_each(Waker::wake);
+        }
+    }
+
+    /// On the owner's thread: cancels what is in flight there.
+    fn cancel_own(&self, worker: &Worker) {
+        for key in &self.keys {
+            match key.load(Ordering::Relaxed) {
+                0 => {}
+                key => worker.cancel(Key(key)),
+            }
+        }
+        self.owner_left();
+    }
+}
+
+/// Closes a socket object: marks it, lets `bury` put something else under its descriptor, ends the operations in flight
+/// through it and waits for them. False if it was closed before.
+///
+/// A fiber that is interrupted, or panicking, does not wait; the operations end all the same.
+pub(crate) fn close<S>(socket: &Arc<S>, bury: impl FnOnce()) -> bool
+where
+    S: AsRef<InFlight> + Send + Sync + 'static,
+{
+    let inflight: &InFlight = (**socket).as_ref();
+    if inflight.closed.swap(true, Ordering::SeqCst) {
+        return false;
+    }
+    bury();
+    let mut rest = inflight.rest();
+    rest.owner_pending = inflight.owner_remote.get().is_some();
+    let others: Vec<(Arc<Remote>, Key)> = rest.others.clone();
+    drop(rest);
+    for (remote, key) in others {
+        // A thread that has ended has reaped its operations.
+        let _ = remote.send(Control::CancelOperation(key));
+    }
+    if let Some(owner) = inflight.owner_remote.get() {
+        match super::worker() {
+            Some(worker) if worker.id() == owner.id() => inflight.cancel_own(worker),
+            _ => {
+                let keeper = socket.clone();
+                let sent = owner.send(Control::Run(Box::new(move |worker| {
+                    (*keeper).as_ref().cancel_own(worker);
+                })));
+                if sent.is_err() {
+                    inflight.rest().owner_pending = false;
+                }
+            }
+        }
+    }
+    loop {
+        let parking = {
+            let rest = inflight.rest();
+            if rest.others.is_empty() && !rest.owner_pending {
+                return true;
+            }
+            drop(rest);
+            Parking::new()
+        };
+        let mut rest = inflight.rest();
+        if rest.others.is_empty() && !rest.owner_pending {
+            return true;
+        }
+        rest.closers.push(parking.waker());
+        drop(rest);
+        if parking.park().is_err() {
+            return true;
+        }
+    }
+}

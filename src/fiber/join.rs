@@ -1,0 +1,445 @@
+//! Starting fibers and learning how they ended.
+
+use std::any::Any;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::park::{Parking, Waker};
+use super::remote::{Control, Remote};
+use super::scheduler::{Worker, no_room};
+use super::{FiberRef, FiberUnwind, current};
+use crate::error::{Error, Result};
+use crate::log::log;
+
+/// Why a fiber has no result.
+#[non_exhaustive]
+pub enum JoinError {
+    /// It panicked: the payload, as from [`std::thread::JoinHandle::join`].
+    Panic(Box<dyn Any + Send + 'static>),
+    /// The runtime ended it (or never started it) at shutdown.
+    Shutdown,
+    /// It was not the fiber but the waiting that ended: the joining fiber was interrupted, or a deadline passed. The fiber
+    /// goes on, detached.
+    Interrupted(Error),
+}
+
+impl JoinError {
+    /// The payload of the panic, if that is what happened.
+    pub fn into_panic(self) -> Option<Box<dyn Any + Send + 'static>> {
+        match self {
+            JoinError::Panic(payload) => Some(payload),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Debug for JoinError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            JoinError::Panic(payload) => f.debug_tuple("Panic").field(&panic_text(&**payload)).finish(),
+            JoinError::Shutdown => f.write_str("Shutdown"),
+            JoinError::Interrupted(error) => f.debug_tuple("Interrupted").field(error).finish(),
+        }
+    }
+}
+
+impl fmt::Display for JoinError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            JoinError::Panic(payload) => write!(f, "the fiber panicked: {}", panic_text(&**payload)),
+            JoinError::Shutdown => f.write_str("the runtime ended before the fiber did"),
+            JoinError::Interrupted(error) => write!(f, "waiting for the fiber was interrupted: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for JoinError {}
+
+fn panic_text(payload: &(dyn Any + Send)) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("(a payload that is no text)")
+}
+
+/// A fiber's result on its way to the handle.
+struct Packet<T> {
+    state: Mutex<PacketState<T>>,
+}
+
+struct PacketState<T> {
+    outcome: Outcome<T>,
+    joiner: Option<Waker>,
+    /// Slot and id, once the fiber exists.
+    fiber: Option<(u32, u64)>,
+    cancelled: bool,
+}
+
+enum Outcome<T> {
+    Pending,
+    Ended(std::result::Result<T, JoinError>),
+    /// Taken by `join`.
+    Taken,
+    /// The handle is gone: nobody wants the result.
+    Detached,
+}
+
+/// Told about a fiber that will never end.
+pub(super) trait Abandon {
+    fn abandon(&self);
+}
+
+impl<T> Packet<T> {
+    fn new() -> Packet<T> {
+        Packet {
+            state: Mutex::new(PacketState {
+                outcome: Outcome::Pending,
+                joiner: None,
+                fiber: None,
+                cancelled: false,
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, PacketState<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stores the result for the handle; without a handle it is dropped here, on the fiber's stack, and a panic logged.
+    fn end(&self, result: std::result::Result<T, JoinError>, name: &str) {
+        let mut state = self.lock();
+        match state.outcome {
+            Outcome::Detached => {
+                drop(state);
+                if let Err(JoinError::Panic(payload)) = &result {
+                    log(format_args!(
+                        "a fiber that nobody joins ('{name}') panicked: {}",
+                        panic_text(&**payload)
+                    ));
+                }
+            }
+            _ => {
+                state.outcome = Outcome::Ended(result);
+                let joiner = state.joiner.take();
+                drop(state);
+                if let Some(joiner) = joiner {
+                    joiner.wake();
+                }
+            }
+        }
+    }
+}
+
+impl<T> Abandon for Packet<T> {
+    fn abandon(&self) {
+        let mut state = self.lock();
+        if matches!(state.outcome, Outcome::Pending) {
+            state.outcome = Outcome::Ended(Err(JoinError::Shutdown));
+            let joiner = state.joiner.take();
+            drop(state);
+            if let Some(joiner) = joiner {
+                joiner.wake();
+            }
+        }
+    }
+}
+
+/// The handle of a fiber. Dropping it detaches the fiber: it goes on, and its result is dropped when it ends.
+///
+/// A handle works in any fiber and on any thread.
+pub struct JoinHandle<T> {
+    packet: Arc<Packet<T>>,
+    remote: Arc<Remote>,
+}
+
+impl<T> JoinHandle<T> {
+    /// Waits for the fiber to end: its result. The caller, fiber or thread, blocks meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// - [`JoinError::Panic`]: the fiber panicked.
+    /// - [`JoinError::Shutdown`]: the runtime ended first and with it the fiber.
+    /// - [`JoinError::Interrupted`]: the *joining* fiber was cancelled, its runtime is ending, or the deadline of an
+    ///   enclosing [`timeout`](crate::timeout) passed. The fiber goes on, detached.
+    ///
+    /// # Source
+    ///
+    /// [`std::thread::JoinHandle::join`]; Python `threading.Thread.join`.
+    ///
+    /// ```
+    /// let sum = ringsock::run(|| {
+    ///     let fibers: Vec<_> = (1..=10).map(|n| ringsock::spawn(move || n)).collect();
+    ///     fibers.into_iter().map(|fiber| fiber.join().unwrap()).sum::<i32>()
+    /// });
+    /// assert_eq!(sum, 55);
+    /// ```
+    pub fn join(self) -> std::result::Result<T, JoinError> {
+        loop {
+            {
+                let mut state = self.packet.lock();
+                if let Outcome::Ended(_) = state.outcome {
+                    let outcome = std::mem::replace(&mut state.outcome, Outcome::Taken);
+                    drop(state);
+                    let Outcome::Ended(result) = outcome else {
+                        unreachable!("checked under the same lock");
+                    };
+                    return result;
+                }
+            }
+            let parking = Parking::new();
+            {
+                let mut state = self.packet.lock();
+                if matches!(state.outcome, Outcome::Ended(_)) {
+                    continue;
+                }
+                state.joiner = Some(parking.waker());
+            }
+            if let Err(error) = parking.park() {
+                if matches!(self.packet.lock().outcome, Outcome::Ended(_)) {
+                    continue;
+                }
+                return Err(JoinError::Interrupted(error));
+            }
+        }
+    }
+
+    /// Interrupts the fiber: the call it waits in, and every later call of it that would wait, fails with
+    /// [`Error::Cancelled`]. What the interrupted call has already transferred is reported as always.
+    pub fn cancel(&self) {
+        let fiber = {
+            let mut state = self.packet.lock();
+            state.cancelled = true;
+            state.fiber
+        };
+        // A fiber that does not exist yet finds `cancelled` when it starts.
+        if let Some((slot, id)) = fiber {
+            match super::worker() {
+                Some(worker) if worker.id() == self.remote.id() => worker.cancel_fiber(slot, id),
+                // A worker that has ended has no fibers.
+                _ => drop(self.remote.send(Control::CancelFiber { slot, id })),
+            }
+        }
+    }
+
+    /// Whether the fiber has ended.
+    pub fn is_finished(&self) -> bool {
+        matches!(self.packet.lock().outcome, Outcome::Ended(_))
+    }
+}
+
+impl<T> Drop for JoinHandle<T> {
+    fn drop(&mut self) {
+        let mut state = self.packet.lock();
+        let outcome = std::mem::replace(&mut state.outcome, Outcome::Detached);
+        state.joiner = None;
+        drop(state);
+        if let Outcome::Ended(Err(JoinError::Panic(payload))) = &outcome {
+            log(format_args!(
+                "a fiber that nobody joins panicked: {}",
+                panic_text(&**payload)
+            ));
+        }
+    }
+}
+
+impl<T> fmt::Debug for JoinHandle<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JoinHandle")
+            .field("finished", &self.is_finished())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Runs a fiber's closure to its end and delivers the result: the root of every fiber. The closure, its captures and, if
+/// nobody waits, its result are dropped here, on the fiber's own stack.
+fn root<F, T>(main: F, packet: &Packet<T>)
+where
+    F: FnOnce() -> T,
+{
+    let result = catch_unwind(AssertUnwindSafe(main)).map_err(|payload| {
+        if payload.is::<FiberUnwind>() {
+            JoinError::Shutdown
+        } else {
+            JoinError::Panic(payload)
+        }
+    });
+    let name = current()
+        .and_then(|(_, fiber)| fiber.name().map(str::to_owned))
+        .unwrap_or_default();
+    // Dropping a result nobody wants may panic as well; that must not reach the root.
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| packet.end(result, &name)))
+        && !payload.is::<FiberUnwind>()
+    {
+        log(format_args!(
+            "dropping the result of a fiber panicked: {}",
+            panic_text(&*payload)
+        ));
+    }
+}
+
+/// Makes a fiber on this worker, whose thread this is.
+fn start<F, T>(
+    worker: &Worker,
+    name: Option<Box<str>>,
+    main: F,
+    packet: Arc<Packet<T>>,
+) -> Result<()>
+where
+    F: FnOnce() -> T + 'static,
+    T: 'static,
+{
+    let abandon: Arc<dyn Abandon> = packet.clone();
+    let for_root = packet.clone();
+    let fiber: FiberRef = super::create(worker, name, Some(abandon), move || root(main, &for_root))?;
+    let cancelled = {
+        let mut state = packet.lock();
+        state.fiber = Some((fiber.slot, fiber.id));
+        state.cancelled
+    };
+    worker.make_ready(fiber);
+    if cancelled {
+        worker.cancel_fiber(fiber.slot, fiber.id);
+    }
+    Ok(())
+}
+
+/// Settings of a fiber to be made.
+///
+/// ```
+/// ringsock::run(|| {
+///     let fiber = ringsock::Builder::new().name("greeter").spawn(|| "hello")?;
+///     assert_eq!(fiber.join().unwrap(), "hello");
+///     Ok::<(), ringsock::Error>(())
+/// })?;
+/// # Ok::<(), ringsock::Error>(())
+/// ```
+#[derive(Debug, Default)]
+#[must_use = "a builder makes no fiber before `spawn`"]
+pub struct Builder {
+    name: Option<Box<str>>,
+}
+
+impl Builder {
+    /// The defaults: no name.
+    pub fn new() -> Builder {
+        Builder::default()
+    }
+
+    /// Names the fiber, for messages about it (a stack overflow, a panic nobody joins).
+    pub fn name(mut self, name: impl Into<String>) -> Builder {
+        self.name = Some(name.into().into_boxed_str());
+        self
+    }
+
+    /// Starts the fiber on the calling fiber's worker.
+    ///
+    /// # Errors
+    ///
+    /// - `EAGAIN`: the worker has as many fibers as it may
+    ///   ([`max_fibers`](crate::RuntimeBuilder::max_fibers)).
+    /// - `ENOMEM`: no memory for its stack.
+    ///
+    /// # Panics
+    ///
+    /// Outside a fiber.
+    pub fn spawn<F, T>(self, main: F) -> Result<JoinHandle<T>>
+    where
+        F: FnOnce() -> T + 'static,
+        T: 'static,
+    {
+        let Some((worker, _)) = current() else {
+            panic!("spawn works in a fiber only: enter one with ringsock::run, or use Handle::spawn");
+        };
+        if !worker.has_room() {
+            return Err(no_room(worker.fibers_max()));
+        }
+        let packet = Arc::new(Packet::new());
+        start(worker, self.name, main, packet.clone())?;
+        Ok(JoinHandle {
+            packet,
+            remote: worker.remote().clone(),
+        })
+    }
+}
+
+/// Starts a fiber on the calling fiber's worker. Neither the closure nor its result need be `Send`: it stays on this thread.
+///
+/// It runs when the caller next waits or yields. Dropping the handle detaches it. While the worker has as many fibers as it
+/// may, the caller waits for one to end.
+///
+/// # Panics
+///
+/// Outside a fiber, and where there is no memory for its stack ([`Builder::spawn`] returns that as an error).
+///
+/// ```
+/// ringsock::run(|| {
+///     let shared = std::rc::Rc::new(std::cell::Cell::new(0));
+///     let theirs = shared.clone();
+///     ringsock::spawn(move || theirs.set(42)).join().unwrap();
+///     assert_eq!(shared.get(), 42);
+/// });
+/// ```
+pub fn spawn<F, T>(main: F) -> JoinHandle<T>
+where
+    F: FnOnce() -> T + 'static,
+    T: 'static,
+{
+    while let Some((worker, _)) = current()
+        && !worker.has_room()
+        && !std::thread::panicking()
+    {
+        super::yield_now();
+    }
+    match Builder::new().spawn(main) {
+        Ok(handle) => handle,
+        Err(error) => panic!("no fiber could be made: {error}"),
+    }
+}
+
+/// Makes the first fiber of a worker that does not run yet.
+pub(crate) fn start_first<F, T>(worker: &Worker, main: F) -> Result<JoinHandle<T>>
+where
+    F: FnOnce() -> T + 'static,
+    T: 'static,
+{
+    let packet = Arc::new(Packet::new());
+    start(worker, Some("main".into()), main, packet.clone())?;
+    Ok(JoinHandle {
+        packet,
+        remote: worker.remote().clone(),
+    })
+}
+
+/// Starts a fiber on another worker: it is made there.
+pub(crate) fn spawn_remote<F, T>(remote: &Arc<Remote>, main: F) -> Result<JoinHandle<T>>
+where
+    F: FnOnce() -> T + Send + 'static,
+    T: Send + 'static,
+{
+    /// Tells the handle when the request is dropped unread, or no stack could be had.
+    struct Undelivered<T>(Option<Arc<Packet<T>>>);
+    impl<T> Drop for Undelivered<T> {
+        fn drop(&mut self) {
+            if let Some(packet) = &self.0 {
+                packet.abandon();
+            }
+        }
+    }
+
+    let packet = Arc::new(Packet::new());
+    let mut undelivered = Undelivered(Some(packet.clone()));
+    remote.spawn(Box::new(move |worker: &Worker| {
+        if let Some(packet) = undelivered.0.take()
+            && let Err(error) = start(worker, None, main, packet.clone())
+        {
+            log(format_args!("no fiber could be made: {error}"));
+            packet.abandon();
+        }
+    }))?;
+    Ok(JoinHandle {
+        packet,
+        remote: remote.clone(),
+    })
+}

@@ -1,0 +1,506 @@
+//! One worker: the thread that runs fibers, their ready queue, its ring and its mailbox.
+//!
+//! # One turn
+//!
+//! ```text
+//!  mail ──▶ the fibers that were ready at the turn's start ──▶ one enter: submit everything, wait if nothing is ready
+//!    ▲                                                              │
+//!    └───────── completions, each resuming its fiber on the spot ◀──┘
+//! ```
+//!
+//! - A fiber that makes itself ready again goes behind all that were ready, and behind the completions at hand.
+//! - A completion resumes its fiber straight from the loop: no queue stands between.
+//! - Fibers run inside `turn`, so no field may stay borrowed across [`resume`](Worker::resume).
+//!
+//! # Ending
+//!
+//! ```text
+//!  Running ──stop──▶ Stopping: operations cancelled, calls answer Shutdown ──grace over──▶ Unwinding: suspensions unwind
+//!                        │ no fiber left                                                      │ no fiber left, or the rest
+//!                        ▼                                                                    ▼ has had the grace twice
+//!                      ended ◀───────────────────────────────────────────── ended: survivors leaked, counted, logged
+//! ```
+
+use std::cell::{Cell, RefCell, RefMut};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use super::remote::{Control, Mailbox, Remote, Spawn};
+use super::stack::StackPool;
+use super::{FiberRef, State, interrupt};
+use crate::driver::features::Features;
+use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Waiter};
+use crate::error::{Error, Result};
+use crate::log::log;
+use crate::metrics::Counts;
+use crate::sys;
+
+/// How many plain sends a fiber may make without going through the ring, so that the others get their turn.
+const DIRECT_CALLS_MAX: u32 = 16;
+
+/// A worker that never waits publishes its counters once in so many turns.
+const PUBLISH_TURNS: u64 = 64;
+
+/// The limits a worker is made with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    pub(crate) stack_bytes: usize,
+    pub(crate) fibers_max: usize,
+    pub(crate) spawns_max: usize,
+    pub(crate) grace: Duration,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Running,
+    Stopping { unwind_at_ns: i64 },
+    Unwinding { give_up_at_ns: i64 },
+}
+
+/// See the module's documentation.
+pub(crate) struct Worker {
+    pub(super) driver: RefCell<Driver>,
+    current: Cell<Option<FiberRef>>,
+    ready: RefCell<VecDeque<FiberRef>>,
+    /// Cancels that found the submission queue full.
+    cancels: RefCell<Vec<Key>>,
+    stacks: RefCell<StackPool>,
+    remote: Arc<Remote>,
+    mailbox: Mailbox,
+    counts: Arc<Counts>,
+    limits: Limits,
+    phase: Cell<Phase>,
+    live: Cell<usize>,
+    lost: Cell<usize>,
+    turns: Cell<u64>,
+    switches: Cell<u64>,
+    spawned: Cell<u64>,
+    direct_calls: Cell<u32>,
+    fork_mark: &'static AtomicU32,
+    fork_epoch: u32,
+}
+
+impl Worker {
+    /// A worker for the calling thread.
+    pub(crate) fn new(mut driver: Driver, limits: Limits, counts: Arc<Counts>) -> Result<Worker> {
+        let bell = driver.bell(true)?;
+        let (remote, mailbox) = Remote::new(bell, limits.spawns_max);
+        Ok(Worker {
+            driver: RefCell::new(driver),
+            current: Cell::new(None),
+            ready: RefCell::new(VecDeque::new()),
+            cancels: RefCell::new(Vec::new()),
+            stacks: RefCell::new(StackPool::new(limits.stack_bytes)),
+            remote,
+            mailbox,
+            counts,
+            limits,
+            phase: Cell::new(Phase::Running),
+            live: Cell::new(0),
+            lost: Cell::new(0),
+            turns: Cell::new(0),
+            switches: Cell::new(0),
+            spawned: Cell::new(0),
+            direct_calls: Cell::new(0),
+            fork_mark: sys::fork_mark(),
+            fork_epoch: sys::fork_epoch(),
+        })
+    }
+
+    #[inline]
+    pub(crate) fn id(&self) -> u32 {
+        self.remote.id()
+    }
+
+    #[inline]
+    pub(crate) fn remote(&self) -> &Arc<Remote> {
+        &self.remote
+    }
+
+    #[inline]
+    pub(super) fn current(&self) -> Option<FiberRef> {
+        self.current.get()
+    }
+
+    pub(super) fn stacks(&self) -> RefMut<'_, StackPool> {
+        self.stacks.borrow_mut()
+    }
+
+    /// Usable bytes of a fiber's stack.
+    pub(super) fn stack_bytes(&self) -> usize {
+        self.stacks.borrow().stack_bytes()
+    }
+
+    /// What the worker's ring found the kernel to offer.
+    pub(crate) fn features(&self) -> Features {
+        self.driver.borrow().features().clone()
+    }
+
+    /// Whether this process made the worker, rather than inheriting it by fork(2).
+    #[inline]
+    pub(super) fn is_ours(&self) -> bool {
+        self.fork_mark.load(Ordering::Relaxed) == self.fork_epoch
+    }
+
+    pub(crate) fn now_ns(&self) -> i64 {
+        self.driver.borrow().now_ns()
+    }
+
+    /// Runs `op` without waiting.
+    pub(super) fn attempt(&self, op: &mut Op<'_>) -> i32 {
+        self.driver.borrow_mut().attempt(op)
+    }
+
+    /// Runs `op` without waiting if nothing else is on its way to the kernel, so that a trip through the ring would carry this
+    /// operation alone: `None` if it has to go through the ring.
+    #[inline]
+    pub(crate) fn attempt_if_quiet(&self, op: &mut Op<'_>) -> Option<i32> {
+        if self.direct_calls.get() >= DIRECT_CALLS_MAX || !self.ready.borrow().is_empty() {
+            return None;
+        }
+        let mut driver = self.driver.borrow_mut();
+        if !driver.is_quiet() {
+            return None;
+        }
+        self.direct_calls.set(self.direct_calls.get() + 1);
+        match driver.attempt(op) {
+            code if code == -libc::EAGAIN => None,
+            result => Some(result),
+        }
+    }
+
+    // Fibers.
+
+    pub(super) fn register(&self, fiber: FiberRef) -> u32 {
+        self.live.set(self.live.get() + 1);
+        self.driver.borrow_mut().slots().register(fiber.waiter())
+    }
+
+    pub(super) fn next_fiber_id(&self) -> u64 {
+        self.spawned.set(self.spawned.get() + 1);
+        self.spawned.get()
+    }
+
+    /// A fiber born during the shutdown is told at its first call.
+    pub(super) fn interrupts_of_new_fibers(&self) -> u8 {
+        match self.phase.get() {
+            Phase::Running => 0,
+            Phase::Stopping { .. } => interrupt::SHUTDOWN,
+            Phase::Unwinding { .. } => interrupt::SHUTDOWN | interrupt::UNWIND,
+        }
+    }
+
+    /// Whether the worker may have another fiber.
+    pub(super) fn has_room(&self) -> bool {
+        self.live.get() < self.limits.fibers_max
+    }
+
+    #[inline]
+    pub(super) fn make_ready(&self, fiber: FiberRef) {
+        fiber.state.set(State::Ready);
+        self.ready.borrow_mut().push_back(fiber);
+    }
+
+    /// The fiber will never run again and keeps what it has.
+    pub(super) fn lose(&self, fiber: FiberRef) {
+        self.lost.set(self.lost.get() + 1);
+        if let Some(packet) = &fiber.packet {
+            packet.abandon();
+        }
+    }
+
+    #[inline]
+    fn resume(&self, fiber: FiberRef) {
+        fiber.state.set(State::Running);
+        self.current.set(Some(fiber));
+        self.switches.set(self.switches.get() + 1);
+        let ended = fiber.resume();
+        self.current.set(None);
+        if ended {
+            self.retire(fiber);
+        }
+    }
+
+    fn retire(&self, fiber: FiberRef) {
+        self.driver.borrow_mut().slots().unregister(fiber.slot);
+        let stack = super::destroy(fiber);
+        self.stacks.borrow_mut().give(stack);
+        self.live.set(self.live.get() - 1);
+    }
+
+    /// Hands a completion to its fiber and runs it.
+    #[inline]
+    pub(super) fn deliver(&self, waiter: Waiter, completion: Completion) {
+        let fiber = FiberRef::from_waiter(waiter);
+        debug_assert_eq!(fiber.state.get(), State::InOperation);
+        fiber.completion.set(completion);
+        self.resume(fiber);
+    }
+
+    // Waits for a wake, under a key of the fiber's slot.
+
+    pub(super) fn begin_wait(&self, fiber: FiberRef) -> Key {
+        fiber.woken.set(false);
+        self.driver.borrow_mut().slots().begin(fiber.slot)
+    }
+
+    pub(super) fn end_wait(&self, key: Key) {
+        let mut driver = self.driver.borrow_mut();
+        if driver.slots().is_waiting(key) {
+            driver.slots().abandon(key);
+        }
+    }
+
+    pub(super) fn is_waiting(&self, key: Key) -> bool {
+        self.driver.borrow_mut().slots().is_waiting(key)
+    }
+
+    /// Wakes the fiber that waits under `key`, or will.
+    pub(super) fn wake(&self, key: Key) {
+        let mut driver = self.driver.borrow_mut();
+        let slots = driver.slots();
+        if !slots.is_waiting(key) {
+            return;
+        }
+        let Some(waiter) = slots.waiter_of(key) else {
+            return;
+        };
+        let fiber = FiberRef::from_waiter(waiter);
+        fiber.woken.set(true);
+        match fiber.state.get() {
+            // Its timer is on the ring: the timer's CQE resumes it.
+            State::InOperation => {
+                drop(driver);
+                self.cancel(key);
+            }
+            State::Parked => {
+                slots.abandon(key);
+                drop(driver);
+                self.make_ready(fiber);
+            }
+            // Not parked yet: `park` finds the key taken back and does not wait.
+            State::Ready | State::Running | State::Lost => slots.abandon(key),
+        }
+    }
+
+    /// Cancels the operation `key` of this worker.
+    pub(super) fn cancel(&self, key: Key) {
+        if let Err(Full) = self.driver.borrow_mut().cancel(key) {
+            self.cancels.borrow_mut().push(key);
+        }
+    }
+
+    /// Interrupts a fiber for a reason of `interrupt`.
+    pub(super) fn interrupt(&self, fiber: FiberRef, reasons: u8) {
+        fiber.interrupt.set(fiber.interrupt.get() | reasons);
+        match fiber.state.get() {
+            State::InOperation => self.cancel(fiber.key.get()),
+            State::Parked => {
+                self.end_wait(fiber.key.get());
+                self.make_ready(fiber);
+            }
+            State::Ready | State::Running | State::Lost => {}
+        }
+    }
+
+    /// Cancels the fiber `id` if it still lives in `slot`.
+    pub(super) fn cancel_fiber(&self, slot: u32, id: u64) {
+        let waiter = self.driver.borrow_mut().slots().waiter(slot);
+        if let Some(waiter) = waiter {
+            let fiber = FiberRef::from_waiter(waiter);
+            if fiber.id == id {
+                self.interrupt(fiber, interrupt::CANCEL);
+            }
+        }
+    }
+
+    /// Rings another's bell by a message from this worker's ring: false if that did not work.
+    pub(super) fn ring(&self, bell: &Arc<Bell>) -> bool {
+        self.driver.borrow_mut().ring(bell)
+    }
+
+    // The loop.
+
+    /// Runs until stopped and all fibers have ended. The calling thread is the worker's from now on until then.
+    pub(crate) fn run(&self) {
+        let _worker = super::enter_worker(self);
+        while !self.finished() {
+            self.turn();
+        }
+        self.end();
+    }
+
+    /// Starts the shutdown; [`run`](Worker::run) returns when it is over.
+    pub(crate) fn stop(&self) {
+        if self.phase.get() != Phase::Running {
+            return;
+        }
+        let unwind_at_ns = self.now_ns().saturating_add(self.grace_ns());
+        self.phase.set(Phase::Stopping { unwind_at_ns });
+        self.interrupt_all(interrupt::SHUTDOWN);
+    }
+
+    fn grace_ns(&self) -> i64 {
+        i64::try_from(self.limits.grace.as_nanos()).unwrap_or(i64::MAX / 4)
+    }
+
+    fn interrupt_all(&self, reasons: u8) {
+        let waiters: Vec<Waiter> = self.driver.borrow_mut().slots().waiters().collect();
+        for waiter in waiters {
+            self.interrupt(FiberRef::from_waiter(waiter), reasons);
+        }
+    }
+
+    /// Moves the shutdown on; true when it is over.
+    fn finished(&self) -> bool {
+        let next_ns = match self.phase.get() {
+            Phase::Running => return false,
+            Phase::Stopping { unwind_at_ns } => unwind_at_ns,
+            Phase::Unwinding { give_up_at_ns } => give_up_at_ns,
+        };
+        if self.live.get() == self.lost.get() {
+            return true;
+        }
+        let left_ns = next_ns - self.now_ns();
+        if left_ns > 0 {
+            self.tick(left_ns);
+            return false;
+        }
+        match self.phase.get() {
+            Phase::Unwinding { .. } => true,
+            _ => {
+                let give_up_at_ns = self.now_ns().saturating_add(self.grace_ns().max(1_000_000_000));
+                self.phase.set(Phase::Unwinding { give_up_at_ns });
+                self.interrupt_all(interrupt::SHUTDOWN | interrupt::UNWIND);
+                false
+            }
+        }
+    }
+
+    fn turn(&self) {
+        self.read_mail();
+        let ready = self.ready.borrow().len();
+        for _ in 0..ready {
+            let Some(fiber) = self.ready.borrow_mut().pop_front() else {
+                break;
+            };
+            self.direct_calls.set(0);
+            self.resume(fiber);
+        }
+        self.retry_cancels();
+        let idle = self.ready.borrow().is_empty() && !self.is_over();
+        {
+            let mut driver = self.driver.borrow_mut();
+            if idle && self.remote.fall_asleep(&self.mailbox, self.has_room()) {
+                self.publish(&mut driver);
+                driver.enter(true);
+                self.remote.wake_up();
+            } else if driver.has_work() {
+                driver.enter(false);
+            }
+        }
+        loop {
+            let next = self.driver.borrow_mut().next();
+            let Some((waiter, completion)) = next else {
+                break;
+            };
+            self.direct_calls.set(0);
+            self.deliver(waiter, completion);
+        }
+        self.turns.set(self.turns.get() + 1);
+        if self.turns.get() % PUBLISH_TURNS == 0 {
+            self.publish(&mut self.driver.borrow_mut());
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.phase.get() != Phase::Running && self.live.get() == self.lost.get()
+    }
+
+    fn read_mail(&self) {
+        while let Ok(control) = self.mailbox.controls.try_recv() {
+            match control {
+                Control::Wake(key) => self.wake(key),
+                Control::CancelOperation(key) => self.cancel(key),
+                Control::CancelFiber { slot, id } => self.cancel_fiber(slot, id),
+                Control::Run(run) => run(self),
+                Control::Stop => self.stop(),
+            }
+        }
+        let mut taken = false;
+        while self.has_room()
+            && let Ok(spawn) = self.mailbox.spawns.try_recv()
+        {
+            spawn(self);
+            taken = true;
+        }
+        if taken {
+            self.remote.made_room();
+        }
+    }
+
+    fn retry_cancels(&self) {
+        if self.cancels.borrow().is_empty() {
+            return;
+        }
+        let cancels = std::mem::take(&mut *self.cancels.borrow_mut());
+        cancels.into_iter().for_each(|key| self.cancel(key));
+    }
+
+    /// Copies the counters to where other threads read them.
+    fn publish(&self, driver: &mut Driver) {
+        let in_flight = driver.slots().waiting();
+        let unknown = driver.slots().unknown();
+        self.counts.publish(
+            &driver.counters(),
+            self.switches.get(),
+            self.spawned.get(),
+            self.live.get(),
+            in_flight,
+            unknown,
+        );
+    }
+
+    /// The last steps: no fiber runs any more.
+    fn end(&self) {
+        self.remote.retire();
+        let lost = self.live.get();
+        if lost > 0 {
+            log(format_args!(
+                "{lost} fibers could not be ended at shutdown; they keep their stacks until the process ends"
+            ));
+            let waiters: Vec<Waiter> = self.driver.borrow_mut().slots().waiters().collect();
+            for waiter in waiters {
+                let fiber = FiberRef::from_waiter(waiter);
+                if fiber.state.get() != State::Lost {
+                    fiber.state.set(State::Lost);
+                    self.lose(fiber);
+                }
+            }
+        }
+        // Spawns that came too late: their handles say so.
+        while let Ok(spawn) = self.mailbox.spawns.try_recv() {
+            drop::<Spawn>(spawn);
+        }
+        self.driver.borrow_mut().close_bell();
+        self.counts.lost(lost);
+        self.publish(&mut self.driver.borrow_mut());
+    }
+}
+
+/// The error of a spawn at the limit of fibers.
+pub(super) fn no_room(limit: usize) -> Error {
+    Error::Os {
+        errno: libc::EAGAIN,
+        message: Some(format!("all {limit} fibers of this worker are taken").into()),
+    }
+}
+
+impl Worker {
+    /// The most fibers this worker may have.
+    pub(super) fn fibers_max(&self) -> usize {
+        self.limits.fibers_max
+    }
+}

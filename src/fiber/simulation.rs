@@ -1,0 +1,239 @@
+//! Whole programs of fibers and sockets over the scripted driver: the same seed, the same story. A failing seed is in the
+//! message; `simulate(seed, …)` plays it again.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::join::{spawn, start_first};
+use super::scheduler::{Limits, Worker};
+use super::{sleep, timeout, yield_now};
+use crate::driver::Driver;
+use crate::driver::scripted::{Random, Scripted, World};
+use crate::error::{Error, Result};
+use crate::metrics::Counts;
+use crate::socket::Socket;
+
+/// Runs `main` as the first fiber of a worker over a scripted driver, to the end of the worker: its result.
+fn simulate<T: 'static>(
+    seed: u64,
+    main: impl FnOnce(Rc<RefCell<World>>) -> T + 'static,
+) -> (T, Rc<RefCell<World>>) {
+    let world = World::new(seed);
+    let driver = Driver::scripted(Scripted::new(world.clone()));
+    let limits = Limits {
+        stack_bytes: 64 * 1024,
+        fibers_max: 64,
+        spawns_max: 4,
+        grace: Duration::from_secs(1),
+    };
+    let counts = Arc::new(Counts::default());
+    let worker = Worker::new(driver, limits, counts.clone()).unwrap();
+    let for_main = world.clone();
+    let main = start_first(&worker, move || {
+        struct Stop;
+        impl Drop for Stop {
+            fn drop(&mut self) {
+                super::worker().unwrap().stop();
+            }
+        }
+        let _stop = Stop;
+        main(for_main)
+    })
+    .unwrap();
+    worker.run();
+    let metrics = counts.snapshot();
+    assert_eq!(metrics.fibers_live, 0, "seed {seed}: fibers left");
+    assert_eq!(metrics.in_flight, 0, "seed {seed}: operations left");
+    assert_eq!(metrics.cqes_unknown, 0, "seed {seed}: a completion found nobody");
+    let result = main
+        .join()
+        .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    (result, world)
+}
+
+const SEEDS: u64 = 10_000;
+
+fn bytes(random: &mut Random, most: usize) -> Vec<u8> {
+    let len = random.below(most + 1);
+    (0..len).map(|_| random.next() as u8).collect()
+}
+
+/// Receives with random buffers and deadlines until the end of the stream, whatever times out or is cut short.
+fn receive_all(socket: &Socket, random: &mut Random, timeout_ns: &mut dyn FnMut() -> i64) -> Result<Vec<u8>> {
+    let mut received = Vec::new();
+    loop {
+        socket.set_timeout_ns(timeout_ns());
+        let mut buffer = vec![0; 1 + random.below(40)];
+        match socket.recv_into(&mut buffer) {
+            Ok(0) => return Ok(received),
+            Ok(n) => received.extend_from_slice(&buffer[..n]),
+            Err(Error::Timeout) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+#[test]
+fn data_at_the_deadline_is_received_whole_and_in_order() {
+    let mut timeouts = 0u64;
+    for seed in 1..=SEEDS {
+        let (timed_out, _) = simulate(seed, move |world| {
+            let mut random = Random::new(seed ^ 0x5eed);
+            let sent = bytes(&mut random, 300);
+            let fd = world.borrow_mut().stream(&sent);
+            let socket = Socket::simulated(fd);
+            let mut timeouts = 0;
+            let mut deadline_random = Random::new(seed ^ 0xdead);
+            let received = receive_all(&socket, &mut random, &mut || {
+                timeouts += 1;
+                1 + deadline_random.below(2_000) as i64
+            });
+            assert_eq!(received, Ok(sent), "seed {seed}");
+            timeouts
+        });
+        timeouts += timed_out;
+    }
+    assert!(timeouts > SEEDS, "the deadlines were part of the story");
+}
+
+#[test]
+fn a_timed_send_reports_exactly_what_the_peer_gets() {
+    for seed in 1..=SEEDS {
+        simulate(seed, move |world| {
+            let mut random = Random::new(seed ^ 0x5eed);
+            let data = bytes(&mut random, 400);
+            let fd = world.borrow_mut().stream(&[]);
+            let socket = Socket::simulated(fd);
+            let mut sent = 0;
+            while sent < data.len() {
+                socket.set_timeout_ns(1 + random.below(2_000) as i64);
+                match socket.send(&data[sent..]) {
+                    Ok(n) => sent += n,
+                    Err(error) => assert_eq!(error, Error::Timeout, "seed {seed}"),
+                }
+                assert_eq!(world.borrow().peers[&fd].taken, data[..sent], "seed {seed}");
+            }
+        });
+    }
+}
+
+#[test]
+fn sendall_sends_all_or_a_prefix_by_its_deadline() {
+    let mut outcomes = [0u64; 2];
+    for seed in 1..=SEEDS {
+        let (timed_out, _) = simulate(seed, move |world| {
+            let mut random = Random::new(seed ^ 0x5eed);
+            let data = bytes(&mut random, 400);
+            let fd = world.borrow_mut().stream(&[]);
+            let socket = Socket::simulated(fd);
+            let blocking = random.one_in(3);
+            let limit_ns = if blocking { -1 } else { 1 + random.below(60_000) as i64 };
+            socket.set_timeout_ns(limit_ns);
+            let before_ns = world.borrow().now_ns;
+            let result = socket.sendall(&data);
+            let world = world.borrow();
+            let taken = &world.peers[&fd].taken;
+            match &result {
+                Ok(()) => assert_eq!(*taken, data, "seed {seed}"),
+                Err(error) => {
+                    assert!(*error == Error::Timeout && !blocking, "seed {seed}: {error}");
+                    assert!(world.now_ns - before_ns >= limit_ns, "seed {seed}: too early");
+                    assert!(data.starts_with(taken), "seed {seed}: a hole in what was sent");
+                }
+            }
+            usize::from(result.is_err())
+        });
+        outcomes[timed_out] += 1;
+    }
+    assert!(outcomes.iter().all(|count| *count > SEEDS / 20), "both outcomes occur: {outcomes:?}");
+}
+
+#[test]
+fn every_connection_at_the_deadline_is_accepted_once() {
+    for seed in 1..=SEEDS {
+        let (_, world) = simulate(seed, move |world| {
+            let mut random = Random::new(seed ^ 0x5eed);
+            let connections = random.below(12);
+            let fd = world.borrow_mut().listener(connections);
+            let socket = Socket::simulated(fd);
+            let mut accepted = Vec::new();
+            while accepted.len() < connections {
+                socket.set_timeout_ns(1 + random.below(2_000) as i64);
+                match socket.accept() {
+                    Ok((conn, _)) => accepted.push(conn.fileno()),
+                    Err(error) => assert_eq!(error, Error::Timeout, "seed {seed}"),
+                }
+            }
+            accepted.sort_unstable();
+            accepted.dedup();
+            assert_eq!(accepted.len(), connections, "seed {seed}: a descriptor came twice");
+            let world = world.borrow();
+            assert_eq!(world.peers[&fd].accepted, connections, "seed {seed}");
+        });
+        drop(world);
+    }
+}
+
+/// Echo servers, sleepers, cancels, nested deadlines and joins at once, ended in the middle by the shutdown.
+#[test]
+fn a_busy_worker_keeps_every_promise() {
+    for seed in 1..=SEEDS {
+        simulate(seed, move |world| {
+            let mut random = Random::new(seed ^ 0x5eed);
+            let mut echoes = Vec::new();
+            for n in 0..1 + random.below(4) as u64 {
+                let sent = bytes(&mut random, 200);
+                let fd = world.borrow_mut().stream(&sent);
+                let fiber = spawn(move || {
+                    let socket = Socket::simulated(fd);
+                    let mut random = Random::new(seed ^ n);
+                    let mut buffer = [0; 32];
+                    loop {
+                        if random.one_in(4) {
+                            yield_now();
+                        }
+                        let n = match timeout(1e-6, || socket.recv_into(&mut buffer)) {
+                            Err(Error::Timeout) => continue,
+                            other => other?,
+                        };
+                        if n == 0 {
+                            return Ok::<(), Error>(());
+                        }
+                        socket.sendall(&buffer[..n])?;
+                    }
+                });
+                echoes.push((fd, sent, fiber, random.one_in(4)));
+            }
+            let nap_ns = random.below(5_000) as u64;
+            let sleeper = spawn(move || sleep(Duration::from_nanos(nap_ns)));
+            let forever = spawn(|| sleep(None));
+            sleeper.join().unwrap().unwrap();
+            for (fd, sent, fiber, cancel) in echoes {
+                if cancel {
+                    fiber.cancel();
+                }
+                let result = fiber.join().unwrap();
+                let world = world.borrow();
+                let taken = &world.peers[&fd].taken;
+                match result {
+                    Ok(()) => assert_eq!(*taken, sent, "seed {seed}"),
+                    Err(error) => {
+                        assert!(cancel && error == Error::Cancelled, "seed {seed}: {error}");
+                        assert!(sent.starts_with(taken), "seed {seed}");
+                    }
+                }
+            }
+            // A deadline on a join, and a fiber that only the shutdown ends.
+            let waited = timeout(1e-7, || {
+                forever
+                    .join()
+                    .map_err(|_| Error::Timeout)
+                    .and_then(|slept| slept)
+            });
+            assert_eq!(waited, Err(Error::Timeout), "seed {seed}");
+            spawn(|| assert_eq!(sleep(None), Err(Error::Shutdown)));
+        });
+    }
+}

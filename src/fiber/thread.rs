@@ -1,0 +1,250 @@
+//! The same calls on a plain thread: a small ring of the thread's own, made with its first call and closed with the thread.
+//!
+//! Between calls that ring is idle: every call waits for its operation's final CQE. One system call submits the operation (and
+//! its deadline) and waits for it. Where no ring can be had (during the thread's teardown, out of memory or descriptors) the
+//! call waits by poll(2) instead, and is counted.
+#![allow(unsafe_code)]
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::inflight::{Direction, InFlight};
+use super::outcome;
+use super::remote::{Control, Mailbox, Remote};
+use crate::driver::op::timespec_from_ns;
+use crate::driver::{Bell, Completion, Config, Driver, Full, Op};
+use crate::error::Result;
+use crate::sys;
+
+/// Without a ring, nobody can interrupt a wait: it looks about itself so often.
+const POLL_SLICE_MS: i64 = 50;
+
+/// Failed enters in a row after which a call whose operation never reached the kernel goes without the ring.
+const ENTERS_REFUSED_MAX: u64 = 16;
+
+static CALLS_WITHOUT_RING: AtomicU64 = AtomicU64::new(0);
+
+/// How many calls on plain threads had to do without a ring since the process started.
+pub fn calls_without_ring() -> u64 {
+    CALLS_WITHOUT_RING.load(Ordering::Relaxed)
+}
+
+struct ThreadRing {
+    driver: Driver,
+    slot: u32,
+    remote: Arc<Remote>,
+    mailbox: Mailbox,
+}
+
+thread_local! {
+    static RING: RefCell<Option<Box<ThreadRing>>> = const { RefCell::new(None) };
+    /// The deadline of an enclosing `timeout`, by the monotonic clock; `i64::MAX` without one.
+    static DEADLINE_NS: Cell<i64> = const { Cell::new(i64::MAX) };
+}
+
+pub(super) fn deadline_ns() -> i64 {
+    DEADLINE_NS.get()
+}
+
+pub(super) fn set_deadline_ns(deadline_ns: i64) {
+    DEADLINE_NS.set(deadline_ns);
+}
+
+impl ThreadRing {
+    fn new() -> Result<Box<ThreadRing>> {
+        let mut driver = Driver::uring(Config::thread())?;
+        let bell = driver.bell(false)?;
+        let (remote, mailbox) = Remote::new(bell, 0);
+        let slot = driver.slots().register(0);
+        Ok(Box::new(ThreadRing {
+            driver,
+            slot,
+            remote,
+            mailbox,
+        }))
+    }
+
+    /// Runs one operation to its final CQE: its result. `None` if it never reached the kernel.
+    fn run(
+        &mut self,
+        op: &mut Op<'_>,
+        timeout_ns: i64,
+        target: Option<(&InFlight, Direction)>,
+    ) -> Option<i32> {
+        let timer = timespec_from_ns(timeout_ns.max(0));
+        let timeout = (timeout_ns >= 0).then_some(&timer);
+        let submitted_before = self.driver.submitted();
+        let key = self.driver.slots().begin(self.slot);
+        // SAFETY: `op`'s memory and `timer` stay borrowed by this frame, which ends only after the key's final CQE, or with the
+        // ring that never submitted it.
+        while let Err(Full) = unsafe { self.driver.submit(op, key, timeout) } {
+            self.driver.enter(false);
+            while self.driver.next().is_some() {}
+        }
+        let abort = super::AbortOnUnwind("a thread was unwound while the kernel had its memory");
+        if let Some((inflight, _)) = target {
+            inflight.enter_other(&self.remote, key);
+        }
+        let completion = self.wait(submitted_before);
+        if let Some((inflight, _)) = target {
+            inflight.leave_other(&self.remote, key);
+        }
+        std::mem::forget(abort);
+        completion.map(|completion| completion.res)
+    }
+
+    /// Waits for the completion of the only operation; `None` if the kernel takes none.
+    fn wait(&mut self, submitted_before: u64) -> Option<Completion> {
+        let refused_before = self.driver.counters().enters_refused;
+        loop {
+            // The slot has one operation at a time, so whatever is delivered is its completion.
+            if let Some((_, completion)) = self.driver.next() {
+                return Some(completion);
+            }
+            while let Ok(control) = self.mailbox.controls.try_recv() {
+                if let Control::CancelOperation(cancelled) = control
+                    && let Err(Full) = self.driver.cancel(cancelled)
+                {
+                    // Nothing else is queued here, so entering makes room; ask again.
+                    let _ = self.remote.send(Control::CancelOperation(cancelled));
+                }
+            }
+            if self.remote.fall_asleep(&self.mailbox, false) {
+                self.driver.enter(true);
+                self.remote.wake_up();
+            }
+            let refused = self.driver.counters().enters_refused - refused_before;
+            if refused >= ENTERS_REFUSED_MAX && self.driver.submitted() == submitted_before {
+                return None;
+            }
+        }
+    }
+}
+
+impl Drop for ThreadRing {
+    fn drop(&mut self) {
+        self.remote.retire();
+    }
+}
+
+/// Gives `use_ring` this thread's ring; `None` where there is none to be had.
+fn with_ring<R>(use_ring: impl FnOnce(&mut ThreadRing) -> R) -> Option<R> {
+    let used = RING.try_with(|ring| {
+        // A borrow is under way only if a signal handler calls in; it does without.
+        let mut ring = ring.try_borrow_mut().ok()?;
+        if ring.as_ref().is_none_or(|ring| !ring.driver.is_ours()) {
+            // After a fork the parent's ring is dropped without touching what it shares with the parent.
+            *ring = ThreadRing::new().ok();
+        }
+        ring.as_mut().map(|ring| use_ring(ring))
+    });
+    used.ok().flatten()
+}
+
+/// Drops this thread's ring and what it never submitted.
+fn discard_ring() {
+    let _ = RING.try_with(|ring| ring.try_borrow_mut().map(|mut ring| *ring = None));
+}
+
+/// Rings a bell that has no eventfd by a message from this thread's ring.
+pub(super) fn ring(bell: &Arc<Bell>) {
+    with_ring(|ring| {
+        if ring.driver.ring(bell) {
+            // Its outcome is read here: this ring may not be looked at again for long.
+            while ring.driver.next().is_some() {}
+        }
+    });
+}
+
+/// Runs `op` on this thread: see [`suspend`](super::suspend).
+#[cold]
+pub(super) fn block(
+    op: &mut Op<'_>,
+    timeout_ns: i64,
+    target: Option<(&InFlight, Direction)>,
+) -> i32 {
+    let mut timeout_ns = timeout_ns;
+    let deadline_ns = DEADLINE_NS.get();
+    if deadline_ns != i64::MAX {
+        let left_ns = deadline_ns - sys::monotonic_ns();
+        if left_ns <= 0 {
+            return outcome::TIMED_OUT;
+        }
+        if timeout_ns < 0 || left_ns < timeout_ns {
+            timeout_ns = left_ns;
+        }
+    }
+    let res = match with_ring(|ring| ring.run(op, timeout_ns, target)) {
+        Some(Some(res)) => res,
+        Some(None) => {
+            discard_ring();
+            by_readiness(op, timeout_ns, target)
+        }
+        None => by_readiness(op, timeout_ns, target),
+    };
+    if res >= 0 {
+        return res;
+    }
+    match -res {
+        libc::ECANCELED | libc::EINTR if target.is_some_and(|(inflight, _)| inflight.is_closed()) => {
+            -libc::EBADF
+        }
+        libc::ECANCELED | libc::EINTR if timeout_ns >= 0 => outcome::TIMED_OUT,
+        libc::EINTR => block(op, timeout_ns, target),
+        libc::EAGAIN if let Some((fd, events)) = op.readiness() => {
+            match block(&mut Op::Poll { fd, events }, timeout_ns, target) {
+                ready if ready < 0 => ready,
+                _ => block(op, timeout_ns, target),
+            }
+        }
+        _ => res,
+    }
+}
+
+/// Runs `op` by trying and by poll(2).
+#[cold]
+fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Direction)>) -> i32 {
+    CALLS_WITHOUT_RING.fetch_add(1, Ordering::Relaxed);
+    let deadline_ns = match timeout_ns {
+        ns if ns < 0 => i64::MAX,
+        ns => sys::monotonic_ns().saturating_add(ns),
+    };
+    let mut connecting = false;
+    loop {
+        let res = match op {
+            Op::Connect { fd, .. } if connecting => match sys::poll(*fd, libc::POLLOUT, 0) {
+                0 => -libc::EAGAIN,
+                ready if ready < 0 => ready,
+                _ => return connect_outcome(*fd),
+            },
+            _ => op.attempt(),
+        };
+        match -res {
+            libc::EAGAIN => {}
+            libc::EINPROGRESS => connecting = true,
+            libc::EINTR => continue,
+            _ => return res,
+        }
+        if target.is_some_and(|(inflight, _)| inflight.is_closed()) {
+            return -libc::EBADF;
+        }
+        let left_ns = deadline_ns.saturating_sub(sys::monotonic_ns());
+        if left_ns <= 0 {
+            return outcome::TIMED_OUT;
+        }
+        let slice_ms = (left_ns / 1_000_000 + 1).min(POLL_SLICE_MS) as i32;
+        if let Some((fd, events)) = op.readiness() {
+            sys::poll(fd, events, slice_ms);
+        }
+    }
+}
+
+/// What became of a connect that was under way.
+pub(crate) fn connect_outcome(fd: std::os::fd::RawFd) -> i32 {
+    let mut value = [0u8; 4];
+    match sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, &mut value) {
+        error if error < 0 => error,
+        _ => -i32::from_ne_bytes(value),
+    }
+}

@@ -1,0 +1,679 @@
+//! Runtimes: worker threads, where fibers go, serving, shutdown.
+//!
+//! ```text
+//!   build() or run() ──▶ n workers, each a thread with its ring, its fibers, its mailbox
+//!                              │ `run`'s closure returned, or the Runtime was dropped
+//!                              ▼
+//!   operations cancelled, calls answer Shutdown ──▶ fibers end ──▶ (grace over: they are unwound) ──▶ threads joined
+//! ```
+//!
+//! It knows workers as mailboxes (`fiber/remote.rs`); what a worker does is in `fiber/scheduler.rs`.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::bounded;
+
+use crate::address::{Address, ToAddress};
+use crate::constants::{
+    AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SO_REUSEPORT, SOCK_STREAM, SOL_SOCKET,
+};
+use crate::driver::features::Features;
+use crate::driver::{Config, Driver};
+use crate::error::{Error, Result};
+use crate::fiber::join::{JoinError, JoinHandle, spawn, spawn_remote};
+use crate::fiber::overflow::SignalStack;
+use crate::fiber::remote::{Control, Remote};
+use crate::fiber::scheduler::{Limits, Worker};
+use crate::fiber::{self, sleep};
+use crate::log::log;
+use crate::metrics::{Counts, Metrics};
+use crate::socket::Socket;
+use crate::timeout::Timeout;
+
+/// How many connections may wait for `serve` to accept them.
+const SERVE_BACKLOG: i32 = 1024;
+
+/// How long `serve` waits before it accepts again when it is out of descriptors or memory: first, and at most.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
+
+thread_local! {
+    /// The runtime of this thread, if it is a worker.
+    static CURRENT: RefCell<Option<Handle>> = const { RefCell::new(None) };
+}
+
+struct WorkerEntry {
+    remote: Arc<Remote>,
+    counts: Arc<Counts>,
+    features: Features,
+}
+
+struct Shared {
+    workers: Vec<WorkerEntry>,
+    next: AtomicUsize,
+    stopping: AtomicBool,
+}
+
+impl Shared {
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        for worker in &self.workers {
+            // A worker that has ended needs no telling.
+            let _ = worker.remote.send(Control::Stop);
+        }
+    }
+}
+
+/// Runs `main` in a fiber, with the calling thread as the only worker: its result.
+///
+/// When `main` returns, the runtime ends: the calls of other fibers fail with [`Error::Shutdown`], and `run` returns once they
+/// have ended. A fiber that goes on all the same is unwound after a grace period of one second. A panic in `main` goes on in
+/// the caller.
+///
+/// # Panics
+///
+/// In a fiber: a runtime does not fit into a runtime. And where the kernel gives no ring, with a sentence that says what to
+/// change ([`RuntimeBuilder::run`] returns it as an error).
+///
+/// ```
+/// let answer = ringsock::run(|| {
+///     ringsock::sleep(0.001)?;
+///     Ok::<i32, ringsock::Error>(42)
+/// })?;
+/// assert_eq!(answer, 42);
+/// # Ok::<(), ringsock::Error>(())
+/// ```
+pub fn run<T, F>(main: F) -> T
+where
+    F: FnOnce() -> T + 'static,
+    T: 'static,
+{
+    match Runtime::builder().run(main) {
+        Ok(result) => result,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Worker threads that run fibers. Dropping it ends them as at the end of [`run`], and waits for that (in one of its own fibers
+/// it does not wait).
+///
+/// ```
+/// use ringsock::Runtime;
+///
+/// let runtime = Runtime::builder().workers(2).build()?;
+/// let fiber = runtime.handle().spawn(|| 6 * 7)?;
+/// assert_eq!(fiber.join().unwrap(), 42);
+/// # Ok::<(), ringsock::Error>(())
+/// ```
+pub struct Runtime {
+    handle: Handle,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+impl Runtime {
+    /// Settings of a runtime to be made.
+    pub fn builder() -> RuntimeBuilder {
+        RuntimeBuilder::default()
+    }
+
+    /// A handle to reach the runtime from anywhere.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        self.handle.0.stop();
+        let inside = CURRENT.with_borrow(|current| {
+            current
+                .as_ref()
+                .is_some_and(|current| Arc::ptr_eq(&current.0, &self.handle.0))
+        });
+        if inside {
+            return;
+        }
+        for thread in self.threads.drain(..) {
+            join_thread(thread);
+        }
+    }
+}
+
+impl fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Runtime")
+            .field("workers", &self.handle.workers())
+            .finish_non_exhaustive()
+    }
+}
+
+fn join_thread(thread: thread::JoinHandle<()>) {
+    if thread.join().is_err() {
+        log(format_args!("a worker thread panicked"));
+    }
+}
+
+/// Settings of a [`Runtime`].
+#[derive(Clone, Debug)]
+#[must_use = "a builder makes no runtime before `build` or `run`"]
+pub struct RuntimeBuilder {
+    workers: usize,
+    config: Config,
+    limits: Limits,
+}
+
+impl Default for RuntimeBuilder {
+    fn default() -> RuntimeBuilder {
+        RuntimeBuilder {
+            workers: 1,
+            config: Config::worker(),
+            limits: Limits {
+                stack_bytes: 256 * 1024,
+                fibers_max: 1 << 20,
+                spawns_max: 1024,
+                grace: Duration::from_secs(1),
+            },
+        }
+    }
+}
+
+impl RuntimeBuilder {
+    /// How many worker threads, at least 1 (the default). One a core is the most that helps.
+    pub fn workers(mut self, workers: usize) -> RuntimeBuilder {
+        self.workers = workers.max(1);
+        self
+    }
+
+    /// Bytes of a fiber's stack: 256 KiB if not said, at least 16 KiB. Only what a fiber touches takes memory.
+    pub fn stack_size(mut self, bytes: usize) -> RuntimeBuilder {
+        self.limits.stack_bytes = bytes;
+        self
+    }
+
+    /// How many fibers each worker may have, at least 1: 1,048,576 if not said. [`spawn`](crate::spawn) waits while there is no
+    /// room.
+    pub fn max_fibers(mut self, fibers: usize) -> RuntimeBuilder {
+        self.limits.fibers_max = fibers.max(1);
+        self
+    }
+
+    /// How many spawns from outside may wait for each worker, at least 1: 1,024 if not said. [`Handle::spawn`] waits while
+    /// there is no room.
+    pub fn inbox(mut self, spawns: usize) -> RuntimeBuilder {
+        self.limits.spawns_max = spawns.max(1);
+        self
+    }
+
+    /// Entries of each worker's submission queue (256 if not said; a power of two from 2 to 32,768) and of its completion queue
+    /// for each of them (8 if not said, at least 2). Where memory is short the kernel gets what it accepts.
+    pub fn ring_entries(mut self, submission: u32, completion_per_submission: u32) -> RuntimeBuilder {
+        self.config = Config {
+            sq_entries: submission.clamp(2, 32_768).next_power_of_two(),
+            cq_per_sq: completion_per_submission.clamp(2, 32),
+        };
+        self
+    }
+
+    /// How long fibers may go on at shutdown before they are unwound: one second if not said.
+    pub fn shutdown_grace(mut self, grace: Duration) -> RuntimeBuilder {
+        self.limits.grace = grace;
+        self
+    }
+
+    /// Starts the workers, each on a thread of its own.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel gives no ring: see [`Features::probe`]. `EAGAIN`, `ENOMEM`: no thread. `EMFILE`: no free descriptor.
+    pub fn build(self) -> Result<Runtime> {
+        let mut pending = Vec::new();
+        for index in 0..self.workers {
+            pending.push(self.start(index)?);
+        }
+        let (entries, threads): (Vec<_>, Vec<_>) = pending.into_iter().unzip();
+        let handle = share(entries);
+        Ok(Runtime {
+            handle: handle.clone(),
+            threads: threads
+                .into_iter()
+                .map(|pending| pending.go(&handle))
+                .collect(),
+        })
+    }
+
+    /// As [`run`](crate::run), with these settings: the calling thread is the first worker.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`build`](RuntimeBuilder::build).
+    ///
+    /// # Panics
+    ///
+    /// In a fiber: a runtime does not fit into a runtime.
+    pub fn run<T, F>(self, main: F) -> Result<T>
+    where
+        F: FnOnce() -> T + 'static,
+        T: 'static,
+    {
+        assert!(
+            !fiber::in_fiber(),
+            "ringsock::run was called in a fiber: the runtime is there already, use ringsock::spawn"
+        );
+        let counts = Arc::new(Counts::default());
+        let worker = self.worker(counts.clone())?;
+        let mut entries = vec![entry(&worker, counts)];
+        let mut pending = Vec::new();
+        for index in 1..self.workers {
+            let (entry, thread) = self.start(index)?;
+            entries.push(entry);
+            pending.push(thread);
+        }
+        let handle = share(entries);
+        let runtime = Runtime {
+            handle: handle.clone(),
+            threads: pending
+                .into_iter()
+                .map(|pending| pending.go(&handle))
+                .collect(),
+        };
+        let _signal_stack = SignalStack::install();
+        let _current = CurrentHandle::enter(handle);
+        let stop = StopWhenDropped(runtime.handle.0.clone());
+        let main = fiber::join::start_first(&worker, move || {
+            let _stop = stop;
+            main()
+        })?;
+        worker.run();
+        drop(worker);
+        drop(_current);
+        drop(runtime);
+        match main.join() {
+            Ok(result) => Ok(result),
+            Err(JoinError::Panic(payload)) => resume_unwind(payload),
+            Err(error) => panic!("the main fiber did not end: {error}"),
+        }
+    }
+
+    fn worker(&self, counts: Arc<Counts>) -> Result<Worker> {
+        Worker::new(Driver::uring(self.config)?, self.limits, counts)
+    }
+
+    /// Starts a worker thread as far as its ring; it waits for the others.
+    fn start(&self, index: usize) -> Result<(WorkerEntry, PendingThread)> {
+        let (report, reported) = bounded::<Result<WorkerEntry>>(1);
+        let (go, went) = bounded::<Handle>(1);
+        let builder = self.clone();
+        let thread = thread::Builder::new()
+            .name(format!("ringsock-{index}"))
+            .spawn(move || {
+                let counts = Arc::new(Counts::default());
+                let worker = match builder.worker(counts.clone()) {
+                    Ok(worker) => worker,
+                    Err(error) => {
+                        let _ = report.send(Err(error));
+                        return;
+                    }
+                };
+                let _ = report.send(Ok(entry(&worker, counts)));
+                // Without a handle another worker could not be started: this one ends as well.
+                let Ok(handle) = went.recv() else {
+                    return;
+                };
+                let _signal_stack = SignalStack::install();
+                let _current = CurrentHandle::enter(handle);
+                worker.run();
+            })
+            .map_err(Error::from)?;
+        match reported.recv() {
+            Ok(Ok(entry)) => Ok((entry, PendingThread { thread, go })),
+            Ok(Err(error)) => {
+                join_thread(thread);
+                Err(error)
+            }
+            Err(_) => Err(Error::Message("a worker thread ended at its start".into())),
+        }
+    }
+}
+
+fn entry(worker: &Worker, counts: Arc<Counts>) -> WorkerEntry {
+    WorkerEntry {
+        remote: worker.remote().clone(),
+        counts,
+        features: worker.features(),
+    }
+}
+
+fn share(workers: Vec<WorkerEntry>) -> Handle {
+    Handle(Arc::new(Shared {
+        workers,
+        next: AtomicUsize::new(0),
+        stopping: AtomicBool::new(false),
+    }))
+}
+
+/// A worker thread that waits for its runtime.
+struct PendingThread {
+    thread: thread::JoinHandle<()>,
+    go: crossbeam_channel::Sender<Handle>,
+}
+
+impl PendingThread {
+    fn go(self, handle: &Handle) -> thread::JoinHandle<()> {
+        // It waits in recv, so it is there to receive.
+        let _ = self.go.send(handle.clone());
+        self.thread
+    }
+}
+
+struct StopWhenDropped(Arc<Shared>);
+
+impl Drop for StopWhenDropped {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// Makes a handle the thread's own for a while.
+struct CurrentHandle;
+
+impl CurrentHandle {
+    fn enter(handle: Handle) -> CurrentHandle {
+        CURRENT.set(Some(handle));
+        CurrentHandle
+    }
+}
+
+impl Drop for CurrentHandle {
+    fn drop(&mut self) {
+        CURRENT.set(None);
+    }
+}
+
+/// Reaches a runtime from anywhere: any thread, any fiber, also of another runtime. Cloning is cheap.
+#[derive(Clone)]
+pub struct Handle(Arc<Shared>);
+
+impl Handle {
+    /// The runtime of the calling fiber; `None` on a plain thread.
+    ///
+    /// ```
+    /// assert!(ringsock::Handle::current().is_none());
+    /// ringsock::run(|| assert_eq!(ringsock::Handle::current().unwrap().workers(), 1));
+    /// ```
+    pub fn current() -> Option<Handle> {
+        CURRENT.with_borrow(Clone::clone)
+    }
+
+    /// How many workers the runtime has.
+    pub fn workers(&self) -> usize {
+        self.0.workers.len()
+    }
+
+    /// Starts a fiber on one of the workers, each in turn. Its closure and result cross threads, so they are `Send`.
+    ///
+    /// While that worker's inbox is full, the caller waits.
+    ///
+    /// # Errors
+    ///
+    /// `Shutdown`: the runtime is ending. `Cancelled`: the calling fiber was cancelled while it waited.
+    pub fn spawn<F, T>(&self, main: F) -> Result<JoinHandle<T>>
+    where
+        F: FnOnce() -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        let worker = self.0.next.fetch_add(1, Ordering::Relaxed) % self.workers();
+        self.spawn_on(worker, main)
+    }
+
+    /// Starts a fiber on the worker with this number, from 0 on.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`spawn`](Handle::spawn); `Value`: no such worker.
+    ///
+    /// ```
+    /// let runtime = ringsock::Runtime::builder().workers(2).build()?;
+    /// let name = runtime.handle().spawn_on(1, || std::thread::current().name().map(str::to_owned))?;
+    /// assert_eq!(name.join().unwrap().as_deref(), Some("ringsock-1"));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn spawn_on<F, T>(&self, worker: usize, main: F) -> Result<JoinHandle<T>>
+    where
+        F: FnOnce() -> T + Send + 'static,
+        T: Send + 'static,
+    {
+        if self.0.stopping.load(Ordering::Relaxed) {
+            return Err(Error::Shutdown);
+        }
+        let Some(worker) = self.0.workers.get(worker) else {
+            return Err(Error::Value(format!("no worker {worker}").into()));
+        };
+        spawn_remote(&worker.remote, main)
+    }
+
+    /// The counters of each worker, by number. It is cheap, and up to date whenever a worker waits.
+    ///
+    /// ```
+    /// let handle = ringsock::run(|| ringsock::Handle::current().unwrap());
+    /// assert!(handle.metrics()[0].switches >= 1);
+    /// ```
+    pub fn metrics(&self) -> Vec<Metrics> {
+        self.0
+            .workers
+            .iter()
+            .map(|worker| worker.counts.snapshot())
+            .collect()
+    }
+
+    /// What each worker's ring found the kernel to offer, by number.
+    pub fn features(&self) -> Vec<Features> {
+        self.0
+            .workers
+            .iter()
+            .map(|worker| worker.features.clone())
+            .collect()
+    }
+
+    /// Serves stream connections: on every worker a fiber accepts, and runs `handler` with each connection and its peer's address
+    /// in a fiber of its own. What the handler returns is dropped (a connection that breaks is no news); a panic in it is
+    /// logged.
+    ///
+    /// The address is tried as AF_INET, AF_INET6 and AF_UNIX, in this order. `SO_REUSEADDR` is set. With several workers each has a
+    /// listener of its own (`SO_REUSEPORT`); an AF_UNIX path has one that they share. Out of descriptors or memory, accepting
+    /// pauses for 10 to 500 ms and connections wait in the backlog.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Socket::bind`] and [`Socket::listen`]; `Shutdown`: the runtime is ending.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    ///
+    /// let runtime = ringsock::Runtime::builder().workers(2).build()?;
+    /// let server = runtime.handle().serve(("127.0.0.1", 0), |conn, _peer| {
+    ///     conn.sendall(b"Hello, world")
+    /// })?;
+    /// let client = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+    /// client.connect(server.address())?;
+    /// assert_eq!(client.recv(1024)?, b"Hello, world");
+    /// server.stop();
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn serve<H, R>(&self, address: impl ToAddress, handler: H) -> Result<Server>
+    where
+        H: Fn(Socket, Address) -> R + Send + Sync + 'static,
+        R: 'static,
+    {
+        let listeners = self.listeners(address)?;
+        let address = listeners[0].getsockname()?;
+        let handler = Arc::new(handler);
+        let mut fibers = Vec::new();
+        for (index, listener) in listeners.into_iter().enumerate() {
+            let handler = handler.clone();
+            fibers.push(self.spawn_on(index, move || accept_all(&listener, &handler))?);
+        }
+        Ok(Server { address, fibers })
+    }
+
+    /// One listener for each worker.
+    fn listeners(&self, address: impl ToAddress) -> Result<Vec<Socket>> {
+        let (family, mut address) = AF_FAMILIES
+            .iter()
+            .find_map(|family| Some((*family, address.to_address(*family).ok()?)))
+            .map_or_else(|| address.to_address(AF_INET).map(|address| (AF_INET, address)), Ok)?;
+        let shared = family == AF_UNIX || self.workers() == 1;
+        let mut listeners: Vec<Socket> = Vec::new();
+        for _ in 0..self.workers() {
+            if shared && let Some(first) = listeners.first() {
+                let again = first.clone();
+                listeners.push(again);
+                continue;
+            }
+            let listener = Socket::new(family, SOCK_STREAM, 0)?;
+            if family != AF_UNIX {
+                listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)?;
+            }
+            if !shared {
+                listener.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)?;
+            }
+            listener.bind(&address)?;
+            listener.listen(SERVE_BACKLOG)?;
+            // The others share the port that the first was given.
+            address = listener.getsockname()?;
+            listeners.push(listener);
+        }
+        Ok(listeners)
+    }
+}
+
+const AF_FAMILIES: [crate::constants::Family; 3] = [AF_INET, AF_INET6, AF_UNIX];
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle")
+            .field("workers", &self.workers())
+            .finish_non_exhaustive()
+    }
+}
+
+/// [`Handle::serve`] on the runtime of the calling fiber.
+///
+/// # Errors
+///
+/// Those of [`Handle::serve`].
+///
+/// # Panics
+///
+/// Outside a fiber.
+pub fn serve<H, R>(address: impl ToAddress, handler: H) -> Result<Server>
+where
+    H: Fn(Socket, Address) -> R + Send + Sync + 'static,
+    R: 'static,
+{
+    match Handle::current() {
+        Some(handle) => handle.serve(address, handler),
+        None => panic!("serve works in a fiber only: enter one with ringsock::run, or use Handle::serve"),
+    }
+}
+
+/// What [`serve`] started. Dropping it lets the server go on for as long as its runtime.
+#[derive(Debug)]
+pub struct Server {
+    address: Address,
+    fibers: Vec<JoinHandle<()>>,
+}
+
+impl Server {
+    /// The address it listens on, with the port that the kernel gave for port 0.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Stops accepting, once the connections that wait in the backlog have been taken. Connections go on; the caller waits
+    /// for the accepting fibers to end only.
+    pub fn stop(self) {
+        self.fibers.iter().for_each(JoinHandle::cancel);
+        self.wait();
+    }
+
+    /// Waits until the server has ended, which it does with its runtime (or when its listener fails for good).
+    pub fn wait(self) {
+        for fiber in self.fibers {
+            if let Err(JoinError::Interrupted(_)) = fiber.join() {
+                return;
+            }
+        }
+    }
+}
+
+/// Accepts until cancelled, or until the runtime ends, and then takes what is left in the backlog.
+fn accept_all<H, R>(listener: &Socket, handler: &Arc<H>)
+where
+    H: Fn(Socket, Address) -> R + Send + Sync + 'static,
+    R: 'static,
+{
+    let start = |(conn, peer): (Socket, Address)| {
+        let handler = handler.clone();
+        spawn(move || drop(handler(conn, peer)));
+    };
+    let mut back_off = Duration::ZERO;
+    loop {
+        match listener.accept() {
+            Ok(accepted) => {
+                back_off = Duration::ZERO;
+                start(accepted);
+            }
+            Err(Error::Cancelled | Error::Shutdown) => break,
+            Err(error) => match error.errno() {
+                Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP) => return,
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
+                    if back_off.is_zero() {
+                        report_shortage(&error);
+                    }
+                    back_off = (back_off * 2).clamp(BACK_OFF.0, BACK_OFF.1);
+                    if sleep(back_off).is_err() {
+                        break;
+                    }
+                }
+                // The connection broke before it was accepted (ECONNABORTED and accept(2)'s list of network errors).
+                _ => {}
+            },
+        }
+    }
+    if listener.settimeout(Timeout::from(0)).is_ok() {
+        while let Ok(accepted) = listener.accept() {
+            start(accepted);
+        }
+    }
+}
+
+/// Says once per process that connections have to wait.
+fn report_shortage(error: &Error) {
+    static REPORTED: OnceLock<()> = OnceLock::new();
+    REPORTED.get_or_init(|| {
+        log(format_args!(
+            "connections wait in the backlog: {error} (raise the limit of open files with `ulimit -n`, or serve fewer)"
+        ));
+    });
+}
+
+/// Raises this process's limit of open descriptors from the soft to the hard one: (before, after), `None` where that failed.
+///
+/// Programs with many connections call it once at their start; the library itself never changes a limit.
+///
+/// # Source
+///
+/// `setrlimit(2)` (`RLIMIT_NOFILE`).
+///
+/// ```
+/// let (before, after) = ringsock::raise_descriptor_limit().expect("a process may raise its soft limit");
+/// assert!(after >= before);
+/// ```
+pub fn raise_descriptor_limit() -> Option<(u64, u64)> {
+    crate::sys::raise_nofile()
+}

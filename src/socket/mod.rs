@@ -1,0 +1,1044 @@
+//! The socket object: Python's names and meaning over operations on the ring.
+//!
+//! A [`Socket`] is a handle of a shared object, like a reference to Python's. Each call looks at the object's timeout and then
+//! takes one of two ways:
+//!
+//! ```text
+//!  timeout 0 (non-blocking)   ──▶ one system call that does not wait: result, or EAGAIN at once
+//!  None, or > 0 s             ──▶ fiber::suspend: one operation on the ring, with a linked deadline if > 0
+//!                                 (in a fiber it suspends the fiber, on a plain thread it blocks the thread)
+//! ```
+//!
+//! Calls that never wait (bind, listen, getsockname, options, shutdown) are system calls in every mode.
+//!
+//! # The life of a socket object
+//!
+//! ```text
+//!   new, accept, socketpair          close()                                      last handle dropped
+//!  ───────────────────────▶ open ──────────────▶ closed: the number holds an ─────────────────────────▶ number free
+//!                             │                  O_PATH descriptor, calls                                   ▲
+//!                             │                  answer EBADF, fileno() is -1                               │
+//!                             └─────────────────────────────────────────────────────────────────────────────┘
+//!                                        last handle dropped: nothing is in flight (calls borrow a handle)
+//! ```
+//!
+//! What `close` does with calls that are under way is drawn in `fiber/inflight.rs`. This module knows no SQE and no CQE.
+
+mod options;
+
+use std::fmt;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use crate::address::{Address, SockAddr, ToAddress};
+use crate::buf::Buf;
+use crate::constants::{AF_UNIX, Family, Kind, MsgFlags, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM};
+use crate::driver::Op;
+use crate::error::{Error, Result};
+use crate::fiber::inflight::{self, Direction, InFlight};
+use crate::fiber::{self, error_from_outcome};
+use crate::sys;
+use crate::timeout::Timeout;
+
+pub use options::OptionValue;
+
+/// `timeout_ns` of a socket in blocking mode.
+const BLOCKING: i64 = -1;
+/// `timeout_ns` of a socket in non-blocking mode.
+const NON_BLOCKING: i64 = 0;
+
+/// A network socket with the face of Python's `socket.socket`.
+///
+/// Every method takes `&self`: any number of fibers and threads may use one socket at once, also to receive and send at the
+/// same time. [`Clone`] gives another handle of the same socket (Python's second reference), not a duplicate descriptor.
+/// Dropping the last handle closes the descriptor.
+///
+/// In a fiber a call that has to wait suspends the fiber only; on a plain thread it blocks the thread.
+///
+/// # Modes
+///
+/// [`settimeout`](Socket::settimeout) chooses: `None` waits for ever (the default), more than 0 waits that many seconds and then
+/// fails with [`Error::Timeout`], 0 never waits and fails with `EAGAIN`. A timeout loses nothing: bytes that arrived in time are
+/// returned, a connection that was accepted is returned.
+///
+/// # Errors of every call
+///
+/// - `EBADF`: the socket was closed, also while the call waited.
+/// - [`Error::Cancelled`], [`Error::Shutdown`]: the calling fiber was cancelled, or its runtime is ending.
+///
+/// # Deadlocks to avoid
+///
+/// Another fiber of the same thread may run while a call waits. A `std::sync::MutexGuard`, a `RefCell` borrow or a thread-local
+/// borrow held across a call can therefore deadlock or panic in that other fiber (it never corrupts anything): end it before
+/// the call.
+///
+/// # Source
+///
+/// Python `socket` (2.7 and 3.11), `socket(7)`, `ip(7)`, `unix(7)`.
+///
+/// ```
+/// use ringsock::prelude::*;
+///
+/// ringsock::run(|| {
+///     let server = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+///     server.bind(("127.0.0.1", 0))?;
+///     server.listen(1)?;
+///     let address = server.getsockname()?;
+///     let client = ringsock::spawn(move || {
+///         let client = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+///         client.connect(&address)?;
+///         client.sendall(b"Hello, world")?;
+///         client.recv(1024)
+///     });
+///     let (conn, _peer) = server.accept()?;
+///     let data = conn.recv(1024)?;
+///     conn.sendall(&data)?;
+///     assert_eq!(client.join().unwrap()?, b"Hello, world");
+///     Ok::<(), ringsock::Error>(())
+/// })?;
+/// # Ok::<(), ringsock::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Socket(Arc<Inner>);
+
+struct Inner {
+    fd: RawFd,
+    family: Family,
+    kind: Kind,
+    proto: i32,
+    timeout_ns: AtomicI64,
+    inflight: InFlight,
+}
+
+impl AsRef<InFlight> for Inner {
+    fn as_ref(&self) -> &InFlight {
+        &self.inflight
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // The last handle is gone, and with it every call. Open or closed, the number is ours.
+        sys::close(self.fd);
+    }
+}
+
+/// Two connected sockets of the family AF_UNIX and the type SOCK_STREAM, both in blocking mode.
+///
+/// # Errors
+///
+/// `EMFILE`, `ENFILE`: no free descriptor. `ENOMEM`.
+///
+/// # Source
+///
+/// Python `socket.socketpair()`; `socketpair(2)`.
+///
+/// ```
+/// let (left, right) = ringsock::socketpair()?;
+/// left.sendall(b"ping")?;
+/// assert_eq!(right.recv(16)?, b"ping");
+/// # Ok::<(), ringsock::Error>(())
+/// ```
+pub fn socketpair() -> Result<(Socket, Socket)> {
+    socketpair_with(AF_UNIX, SOCK_STREAM, 0)
+}
+
+/// [`socketpair`] of another family, type or protocol. Linux knows pairs of AF_UNIX (and AF_TIPC) only.
+///
+/// # Errors
+///
+/// Those of [`socketpair`]; `EOPNOTSUPP`: the family has no pairs; `EAFNOSUPPORT`, `EPROTONOSUPPORT`, `EINVAL`: as for
+/// [`Socket::new`].
+///
+/// # Source
+///
+/// Python `socket.socketpair(family, type, proto)`; `socketpair(2)`.
+///
+/// ```
+/// use ringsock::prelude::*;
+/// let (left, right) = ringsock::socketpair_with(AF_UNIX, SOCK_SEQPACKET, 0)?;
+/// left.send(b"one")?;
+/// left.send(b"two")?;
+/// assert_eq!(right.recv(1024)?, b"one");
+/// # Ok::<(), ringsock::Error>(())
+/// ```
+pub fn socketpair_with(family: Family, kind: Kind, proto: i32) -> Result<(Socket, Socket)> {
+    let (left, right) = sys::socketpair(family.bits(), kind.bits(), proto)?;
+    Ok((
+        Socket::adopt(left, family, kind, proto)?,
+        Socket::adopt(right, family, kind, proto)?,
+    ))
+}
+
+impl Socket {
+    /// Creates a socket. It is in blocking mode (non-blocking with `SOCK_NONBLOCK`) and not inherited by programs started
+    /// with `exec`.
+    ///
+    /// `proto` is usually 0: the family's usual protocol for the type.
+    ///
+    /// # Errors
+    ///
+    /// `EAFNOSUPPORT`: no such family here. `EINVAL`: no such type. `EPROTONOSUPPORT`: the family has no such protocol.
+    /// `EACCES`, `EPERM`: raw and packet sockets need a privilege. `EMFILE`, `ENFILE`: no free descriptor. `ENOMEM`, `ENOBUFS`.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.socket(family, type, proto)`; `socket(2)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let socket = Socket::new(AF_INET6, SOCK_STREAM, 0)?;
+    /// assert_eq!(socket.family(), AF_INET6);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn new(family: Family, kind: Kind, proto: i32) -> Result<Socket> {
+        let fd = sys::socket(family.bits(), kind.bits(), proto)?;
+        Socket::adopt(fd, family, kind, proto)
+    }
+
+    /// A socket object around a new descriptor.
+    fn adopt(fd: OwnedFd, family: Family, kind: Kind, proto: i32) -> Result<Socket> {
+        // What `close` will need must not depend on a free descriptor then.
+        sys::tombstone()?;
+        let timeout_ns = if kind.bits() & SOCK_NONBLOCK.bits() != 0 {
+            NON_BLOCKING
+        } else {
+            BLOCKING
+        };
+        Ok(Socket(Arc::new(Inner {
+            fd: fd.into_raw_fd(),
+            family,
+            kind: Kind::new(kind.bits() & !(SOCK_NONBLOCK.bits() | SOCK_CLOEXEC.bits())),
+            proto,
+            timeout_ns: AtomicI64::new(timeout_ns),
+            inflight: InFlight::new(),
+        })))
+    }
+
+    // Connecting and accepting.
+
+    /// Binds the socket to a local address.
+    ///
+    /// # Errors
+    ///
+    /// `EADDRINUSE`: taken (see `SO_REUSEADDR`). `EADDRNOTAVAIL`: no such address here. `EACCES`: a privileged port, or no right
+    /// to create the path. `EINVAL`: bound already. Address errors: see [`ToAddress`].
+    ///
+    /// # Source
+    ///
+    /// Python `socket.bind(address)`; `bind(2)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let socket = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+    /// socket.bind(("", 0))?; // any interface, a port of the kernel's choice
+    /// assert_ne!(socket.getsockname()?.port(), Some(0));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn bind(&self, address: impl ToAddress) -> Result<()> {
+        let address = address.to_address(self.0.family)?.encode()?;
+        sys::check(sys::bind(self.0.fd, &address)).map(drop)
+    }
+
+    /// Lets the socket accept connections. `backlog` is how many may wait to be accepted, at most `net.core.somaxconn`;
+    /// a negative number counts as 0.
+    ///
+    /// # Errors
+    ///
+    /// `EADDRINUSE`: another socket listens on the port. `EOPNOTSUPP`: not for this type. `EINVAL`: an AF_UNIX socket that is not bound.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.listen(backlog)`; `listen(2)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let socket = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+    /// socket.listen(128)?; // without bind, the kernel picks a port
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn listen(&self, backlog: i32) -> Result<()> {
+        sys::check(sys::listen(self.0.fd, backlog.max(0))).map(drop)
+    }
+
+    /// Waits for a connection: the new socket and the peer's address. The new socket is in blocking mode whatever mode this
+    /// one is in, and not inherited by programs started with `exec`.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout`; `EAGAIN` in non-blocking mode. `EINVAL`: not listening. `EMFILE`, `ENFILE`: no free descriptor (the connection
+    /// stays in the backlog: free some, or wait, before calling again). `ECONNABORTED`: the peer gave up meanwhile. `EOPNOTSUPP`:
+    /// not for this type.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.accept()`; `accept4(2)`; `IORING_OP_ACCEPT`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// # let server = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+    /// # server.bind(("127.0.0.1", 0))?;
+    /// # server.listen(1)?;
+    /// server.settimeout(0.01)?;
+    /// assert_eq!(server.accept().unwrap_err(), Error::Timeout);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn accept(&self) -> Result<(Socket, Address)> {
+        let mut address = SockAddr::empty();
+        let fd = if self.timeout_ns() == NON_BLOCKING {
+            sys::check(sys::accept4(self.0.fd, &mut address))?
+        } else {
+            let op = Op::Accept {
+                fd: self.0.fd,
+                address: &mut address,
+            };
+            self.run(op, Direction::In)?
+        };
+        let fd = sys::own(fd);
+        let socket = Socket::adopt(fd, self.0.family, self.0.kind, self.0.proto)?;
+        let peer = address
+            .decode()
+            .unwrap_or_else(|| Address::unspecified(self.0.family));
+        Ok((socket, peer))
+    }
+
+    /// Connects to a remote address.
+    ///
+    /// # Errors
+    ///
+    /// `ECONNREFUSED`, `ENETUNREACH`, `EHOSTUNREACH`, `ETIMEDOUT` (the kernel's own limit): as they are. `Timeout`: the socket's timeout
+    /// passed; the socket goes on connecting, so close it, or expect `EALREADY` or `EISCONN` from another `connect`.
+    /// `EINPROGRESS` in non-blocking mode: the connection is under way. `EISCONN`: connected already. `EAGAIN`: the backlog of an
+    /// AF_UNIX listener is full, and the socket has a timeout (as in Python). Address errors: see [`ToAddress`].
+    ///
+    /// # Source
+    ///
+    /// Python `socket.connect(address)`; `connect(2)`; `IORING_OP_CONNECT`.
+    ///
+    /// ```no_run
+    /// use ringsock::prelude::*;
+    /// let socket = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+    /// socket.settimeout(5)?;
+    /// socket.connect(("127.0.0.1", 50007))?;
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn connect(&self, address: impl ToAddress) -> Result<()> {
+        let address = address.to_address(self.0.family)?.encode()?;
+        let timeout_ns = self.timeout_ns();
+        // On AF_UNIX only a full backlog makes connect wait, and Python does not wait for that once there is a timeout.
+        if timeout_ns == NON_BLOCKING || (timeout_ns > 0 && self.0.family == AF_UNIX) {
+            return sys::check(sys::connect(self.0.fd, &address)).map(drop);
+        }
+        let op = Op::Connect {
+            fd: self.0.fd,
+            address: &address,
+        };
+        match self.run(op, Direction::Out) {
+            // An earlier connect timed out and goes on. In blocking mode connect(2) waits for it.
+            Err(error) if error.errno() == Some(libc::EALREADY) && timeout_ns == BLOCKING => {
+                let op = Op::Poll {
+                    fd: self.0.fd,
+                    events: libc::POLLOUT,
+                };
+                self.run(op, Direction::Out)?;
+                sys::check(fiber::thread::connect_outcome(self.0.fd)).map(drop)
+            }
+            other => other.map(drop),
+        }
+    }
+
+    // Receiving.
+
+    /// Receives at most `bufsize` bytes: what has arrived, as soon as there is any. An empty result is the end of the stream.
+    /// With `bufsize` 0 the result is empty at once.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout`; `EAGAIN` in non-blocking mode. `ECONNRESET`: the peer is gone. `ENOTCONN`: not connected.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.recv(bufsize)`; `recv(2)`; `IORING_OP_RECV`.
+    ///
+    /// ```
+    /// let (left, right) = ringsock::socketpair()?;
+    /// left.sendall(b"hello")?;
+    /// drop(left);
+    /// assert_eq!(right.recv(3)?, b"hel");
+    /// assert_eq!(right.recv(3)?, b"lo");
+    /// assert!(right.recv(3)?.is_empty());
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn recv(&self, bufsize: usize) -> Result<Buf> {
+        self.recv_with(bufsize, MsgFlags::default())
+    }
+
+    /// [`recv`](Socket::recv) with flags: `MSG_PEEK`, `MSG_WAITALL`, `MSG_DONTWAIT`, …
+    ///
+    /// # Errors
+    ///
+    /// Those of [`recv`](Socket::recv); `EAGAIN` with `MSG_DONTWAIT`.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.recv(bufsize, flags)`; `recv(2)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let (left, right) = ringsock::socketpair()?;
+    /// left.sendall(b"hello")?;
+    /// assert_eq!(right.recv_with(2, MSG_PEEK)?, b"he");
+    /// assert_eq!(right.recv(2)?, b"he");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn recv_with(&self, bufsize: usize, flags: MsgFlags) -> Result<Buf> {
+        if bufsize == 0 {
+            return Ok(Buf::default());
+        }
+        let mut bytes: Vec<u8> = Vec::new();
+        bytes.try_reserve_exact(bufsize).map_err(|_| Error::from_errno(libc::ENOMEM))?;
+        let received = self.recv_raw(&mut bytes.spare_capacity_mut()[..bufsize], flags)?;
+        sys::set_received(&mut bytes, received);
+        // Python's result owns no more than it shows; a mostly empty buffer is given back.
+        if received < bufsize / 2 {
+            bytes.shrink_to_fit();
+        }
+        Ok(Buf::from_vec(bytes))
+    }
+
+    /// Receives into `buffer`: how many bytes arrived, 0 at the end of the stream (or, at once, for an empty buffer).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`recv`](Socket::recv).
+    ///
+    /// # Source
+    ///
+    /// Python `socket.recv_into(buffer)`; `recv(2)`; `IORING_OP_RECV` straight into the buffer.
+    ///
+    /// ```
+    /// let (left, right) = ringsock::socketpair()?;
+    /// left.sendall(b"hello")?;
+    /// let mut buffer = [0u8; 16];
+    /// let n = right.recv_into(&mut buffer)?;
+    /// assert_eq!(&buffer[..n], b"hello");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    #[inline]
+    pub fn recv_into(&self, buffer: &mut [u8]) -> Result<usize> {
+        self.recv_raw(sys::as_uninit(buffer), MsgFlags::default())
+    }
+
+    /// [`recv_into`](Socket::recv_into) of at most `nbytes` bytes (0: as many as fit), with flags.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`recv`](Socket::recv); `Value`: the buffer is smaller than `nbytes`.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.recv_into(buffer, nbytes, flags)`; `recv(2)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let (left, right) = ringsock::socketpair()?;
+    /// left.sendall(b"hello")?;
+    /// let mut buffer = [0u8; 16];
+    /// assert_eq!(right.recv_into_with(&mut buffer, 4, MSG_PEEK)?, 4);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn recv_into_with(
+        &self,
+        buffer: &mut [u8],
+        nbytes: usize,
+        flags: MsgFlags,
+    ) -> Result<usize> {
+        let nbytes = match nbytes {
+            0 => buffer.len(),
+            nbytes if nbytes > buffer.len() => {
+                return Err(Error::Value("buffer too small for requested bytes".into()));
+            }
+            nbytes => nbytes,
+        };
+        self.recv_raw(sys::as_uninit(&mut buffer[..nbytes]), flags)
+    }
+
+    #[inline]
+    fn recv_raw(&self, buffer: &mut [MaybeUninit<u8>], flags: MsgFlags) -> Result<usize> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        let flags = flags.bits();
+        let op = Op::Recv {
+            fd: self.0.fd,
+            buffer,
+            flags,
+        };
+        // The error queue never makes a call wait, except on a ring.
+        if flags & (libc::MSG_DONTWAIT | libc::MSG_ERRQUEUE) != 0 {
+            return self.attempt(op);
+        }
+        self.run(op, Direction::In).map(|received| received as usize)
+    }
+
+    // Sending.
+
+    /// Sends bytes: how many the kernel took. In blocking mode a stream socket takes them all; with a timeout, or in
+    /// non-blocking mode, the rest is the caller's to send.
+    ///
+    /// # Errors
+    ///
+    /// `Timeout`, `EAGAIN`: nothing was sent. `EPIPE`: the connection is shut down for sending (no SIGPIPE is raised).
+    /// `ECONNRESET`: the peer is gone. `ENOTCONN`, `EDESTADDRREQ`: not connected. `EMSGSIZE`: too long for one datagram.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.send(bytes)`; `send(2)`; `IORING_OP_SEND`.
+    ///
+    /// ```
+    /// let (left, right) = ringsock::socketpair()?;
+    /// assert_eq!(left.send(b"hello")?, 5);
+    /// # assert_eq!(right.recv(16)?, b"hello");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn send(&self, bytes: &[u8]) -> Result<usize> {
+        self.send_with(bytes, MsgFlags::default())
+    }
+
+    /// [`send`](Socket::send) with flags: `MSG_OOB`, `MSG_MORE`, `MSG_DONTWAIT`, …
+    ///
+    /// # Errors
+    ///
+    /// Those of [`send`](Socket::send); `EAGAIN` with `MSG_DONTWAIT`.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.send(bytes, flags)`; `send(2)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let (left, right) = ringsock::socketpair()?;
+    /// assert_eq!(left.send_with(b"hello", MSG_DONTWAIT)?, 5);
+    /// # assert_eq!(right.recv(16)?, b"hello");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn send_with(&self, bytes: &[u8], flags: MsgFlags) -> Result<usize> {
+        let timeout_ns = self.timeout_ns();
+        let flags = flags.bits();
+        if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
+            let op = Op::Send {
+                fd: self.0.fd,
+                buffer: bytes,
+                flags,
+            };
+            return self.attempt(op);
+        }
+        if timeout_ns > 0 {
+            return self.send_some(bytes, flags, timeout_ns);
+        }
+        // Blocking mode: send(2) returns when all is queued, or with what was queued before an error.
+        let mut sent = 0;
+        loop {
+            match self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, BLOCKING) {
+                Ok(n) => sent += n,
+                Err(error) if sent == 0 => return Err(error),
+                Err(_) => return Ok(sent),
+            }
+            if sent >= bytes.len() {
+                return Ok(sent);
+            }
+        }
+    }
+
+    /// Sends all of `bytes`, in as many pieces as it takes.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`send`](Socket::send). The timeout bounds the whole call. After an error it is unknown to the caller how much was
+    /// sent.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.sendall(bytes)`; `send(2)`; `IORING_OP_SEND` with `MSG_WAITALL`.
+    ///
+    /// ```
+    /// let (left, right) = ringsock::socketpair()?;
+    /// left.sendall(b"hello")?;
+    /// # assert_eq!(right.recv(16)?, b"hello");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    #[inline]
+    pub fn sendall(&self, bytes: &[u8]) -> Result<()> {
+        self.sendall_with(bytes, MsgFlags::default())
+    }
+
+    /// [`sendall`](Socket::sendall) with flags.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`sendall`](Socket::sendall).
+    ///
+    /// # Source
+    ///
+    /// Python `socket.sendall(bytes, flags)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let (left, right) = ringsock::socketpair()?;
+    /// left.sendall_with(b"hello", MSG_MORE)?;
+    /// # assert_eq!(right.recv(16)?, b"hello");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    #[inline]
+    pub fn sendall_with(&self, bytes: &[u8], flags: MsgFlags) -> Result<()> {
+        let flags = flags.bits();
+        let timeout_ns = self.timeout_ns();
+        if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
+            return self.sendall_non_blocking(bytes, flags);
+        }
+        if timeout_ns > 0 {
+            return self.sendall_timed(bytes, flags, timeout_ns);
+        }
+        let mut sent = 0;
+        loop {
+            // Empty data makes one send: an empty datagram.
+            sent += self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, BLOCKING)?;
+            if sent >= bytes.len() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn sendall_timed(&self, bytes: &[u8], flags: i32, timeout_ns: i64) -> Result<()> {
+        let deadline_ns = fiber::now_ns().saturating_add(timeout_ns);
+        let mut left_ns = timeout_ns;
+        let mut sent = 0;
+        loop {
+            sent += self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, left_ns)?;
+            if sent >= bytes.len() {
+                return Ok(());
+            }
+            left_ns = deadline_ns - fiber::now_ns();
+            if left_ns <= 0 {
+                return Err(Error::Timeout);
+            }
+        }
+    }
+
+    fn sendall_non_blocking(&self, bytes: &[u8], flags: i32) -> Result<()> {
+        let mut sent = 0;
+        loop {
+            sent += self.attempt(Op::Send {
+                fd: self.0.fd,
+                buffer: &bytes[sent..],
+                flags,
+            })?;
+            if sent >= bytes.len() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// One send that waits: the bytes the kernel took.
+    #[inline]
+    fn send_some(&self, bytes: &[u8], flags: i32, timeout_ns: i64) -> Result<usize> {
+        let mut op = Op::Send {
+            fd: self.0.fd,
+            buffer: bytes,
+            flags,
+        };
+        let target = Some((&self.0.inflight, Direction::Out));
+        match fiber::suspend_unless_done(&mut op, timeout_ns, target) {
+            sent if sent >= 0 => Ok(sent as usize),
+            code => Err(error_from_outcome(code)),
+        }
+    }
+
+    // Ending.
+
+    /// Shuts down one or both halves of the connection: `SHUT_RD`, `SHUT_WR` or `SHUT_RDWR`. Calls that wait to receive wake with
+    /// the end of the stream.
+    ///
+    /// # Errors
+    ///
+    /// `ENOTCONN`: not connected. `EINVAL`: no such `how`.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.shutdown(how)`; `shutdown(2)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let (left, right) = ringsock::socketpair()?;
+    /// left.shutdown(SHUT_WR)?;
+    /// assert!(right.recv(16)?.is_empty());
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn shutdown(&self, how: i32) -> Result<()> {
+        sys::check(sys::shutdown(self.0.fd, how)).map(drop)
+    }
+
+    /// Closes the socket for all its handles. Calls that wait on it, in any fiber or thread, fail with `EBADF`; calls on it
+    /// from now on do, too. When `close` returns, those calls have ended and the connection's peer has been told (unless a
+    /// descriptor made by `dup` or `fork` is still open). Closing again does nothing.
+    ///
+    /// The descriptor's number stays taken until the last handle is dropped, so it cannot come to name something else in
+    /// between. Dropping the last handle closes as well; `close` is for the moment when others still hold one.
+    ///
+    /// # Errors
+    ///
+    /// None today; the result leaves room for one.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.close()`; `dup3(2)`, `open(2)` (`O_PATH`), `IORING_OP_ASYNC_CANCEL`.
+    ///
+    /// ```
+    /// ringsock::run(|| {
+    ///     let (left, right) = ringsock::socketpair()?;
+    ///     let reader = right.clone();
+    ///     let waiting = ringsock::spawn(move || reader.recv(16));
+    ///     ringsock::yield_now();
+    ///     right.close()?;
+    ///     assert!(waiting.join().unwrap().unwrap_err().is_closed());
+    ///     assert_eq!(right.fileno(), -1);
+    ///     # assert!(left.recv(16)?.is_empty());
+    ///     Ok::<(), ringsock::Error>(())
+    /// })?;
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn close(&self) -> Result<()> {
+        let fd = self.0.fd;
+        inflight::close(&self.0, || {
+            if let Ok(tombstone) = sys::tombstone() {
+                sys::bury(fd, tombstone);
+            }
+        });
+        Ok(())
+    }
+
+    // Modes.
+
+    /// Sets the timeout of all calls that wait: seconds as a float or an integer, a [`Duration`](std::time::Duration), or `None`.
+    ///
+    /// `None` waits for ever, 0 never waits (non-blocking mode), more waits that long. It takes effect with the next call, and
+    /// `O_NONBLOCK` of the descriptor follows as in Python: set for 0 and more, clear for `None`.
+    ///
+    /// # Errors
+    ///
+    /// `Value`: negative or NaN. `Overflow`: too large. `EBADF`: closed (the value is kept all the same).
+    ///
+    /// # Source
+    ///
+    /// Python `socket.settimeout(value)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let (left, right) = ringsock::socketpair()?;
+    /// right.settimeout(0.01)?;
+    /// assert_eq!(right.recv(16), Err(Error::Timeout));
+    /// right.settimeout(None)?;
+    /// assert_eq!(right.gettimeout(), None);
+    /// # drop(left); Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn settimeout(&self, timeout: impl Into<Timeout>) -> Result<()> {
+        let timeout_ns = timeout.into().as_ns()?.unwrap_or(BLOCKING);
+        self.0.timeout_ns.store(timeout_ns, Ordering::Relaxed);
+        self.check_open()?;
+        sys::check(sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING)).map(drop)
+    }
+
+    /// The timeout in seconds; `None` waits for ever. It works on a closed socket, too.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.gettimeout()`.
+    ///
+    /// ```
+    /// let (left, _right) = ringsock::socketpair()?;
+    /// left.settimeout(2.5)?;
+    /// assert_eq!(left.gettimeout(), Some(2.5));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn gettimeout(&self) -> Option<f64> {
+        match self.timeout_ns() {
+            BLOCKING => None,
+            ns => Some(ns as f64 / 1e9),
+        }
+    }
+
+    /// `true` is `settimeout(None)`, `false` is `settimeout(0)`.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF`: closed.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.setblocking(flag)`.
+    ///
+    /// ```
+    /// let (left, _right) = ringsock::socketpair()?;
+    /// left.setblocking(false)?;
+    /// assert!(left.recv(16).unwrap_err().is_would_block());
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn setblocking(&self, flag: bool) -> Result<()> {
+        self.settimeout(if flag { Timeout::NONE } else { 0.into() })
+    }
+
+    /// Whether calls wait: true in blocking mode and with a timeout.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.getblocking()` (3.7).
+    ///
+    /// ```
+    /// let (left, _right) = ringsock::socketpair()?;
+    /// assert!(left.getblocking());
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn getblocking(&self) -> bool {
+        self.timeout_ns() != NON_BLOCKING
+    }
+
+    // What it is.
+
+    /// The descriptor's number; -1 once closed.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.fileno()`.
+    ///
+    /// ```
+    /// let (left, _right) = ringsock::socketpair()?;
+    /// assert!(left.fileno() >= 0);
+    /// left.close()?;
+    /// assert_eq!(left.fileno(), -1);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn fileno(&self) -> RawFd {
+        if self.0.inflight.is_closed() {
+            -1
+        } else {
+            self.0.fd
+        }
+    }
+
+    /// The socket's own address.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF`: closed.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.getsockname()`; `getsockname(2)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let socket = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+    /// assert_eq!(socket.getsockname()?.to_string(), "0.0.0.0:0");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn getsockname(&self) -> Result<Address> {
+        let mut address = SockAddr::empty();
+        sys::check(sys::getsockname(self.0.fd, &mut address))?;
+        Ok(address
+            .decode()
+            .unwrap_or_else(|| Address::unspecified(self.0.family)))
+    }
+
+    /// The peer's address.
+    ///
+    /// # Errors
+    ///
+    /// `ENOTCONN`: not connected. `EBADF`: closed.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.getpeername()`; `getpeername(2)`.
+    ///
+    /// ```
+    /// let (left, _right) = ringsock::socketpair()?;
+    /// assert_eq!(left.getpeername()?.to_string(), ""); // an AF_UNIX socket without a name
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn getpeername(&self) -> Result<Address> {
+        let mut address = SockAddr::empty();
+        sys::check(sys::getpeername(self.0.fd, &mut address))?;
+        Ok(address
+            .decode()
+            .unwrap_or_else(|| Address::unspecified(self.0.family)))
+    }
+
+    /// The address family the socket was made with.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.family`.
+    pub fn family(&self) -> Family {
+        self.0.family
+    }
+
+    /// The type the socket was made with, without `SOCK_NONBLOCK` and `SOCK_CLOEXEC`.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.type`.
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// The type the socket was made with: [`kind`](Socket::kind) under Python's name.
+    pub fn r#type(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// The protocol the socket was made with.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.proto`.
+    pub fn proto(&self) -> i32 {
+        self.0.proto
+    }
+
+    // The two ways of the module's documentation.
+
+    #[inline]
+    fn timeout_ns(&self) -> i64 {
+        self.0.timeout_ns.load(Ordering::Relaxed)
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.0.inflight.is_closed() {
+            return Err(Error::from_errno(libc::EBADF));
+        }
+        Ok(())
+    }
+
+    /// The operation's result, waited for as the socket's mode says.
+    #[inline]
+    fn run(&self, mut op: Op<'_>, direction: Direction) -> Result<i32> {
+        let code = match self.timeout_ns() {
+            NON_BLOCKING => op.attempt(),
+            timeout_ns => {
+                fiber::suspend(&mut op, timeout_ns, Some((&self.0.inflight, direction)))
+            }
+        };
+        if code >= 0 {
+            return Ok(code);
+        }
+        Err(error_from_outcome(code))
+    }
+
+    /// The operation's result without waiting, in any mode.
+    fn attempt(&self, mut op: Op<'_>) -> Result<usize> {
+        sys::check(op.attempt()).map(|count| count as usize)
+    }
+}
+
+#[cfg(test)]
+impl Socket {
+    /// A socket over a descriptor of the scripted driver.
+    pub(crate) fn simulated(fd: RawFd) -> Socket {
+        Socket(Arc::new(Inner {
+            fd,
+            family: AF_UNIX,
+            kind: SOCK_STREAM,
+            proto: 0,
+            timeout_ns: AtomicI64::new(BLOCKING),
+            inflight: InFlight::new(),
+        }))
+    }
+
+    /// `settimeout` without the descriptor's flag.
+    pub(crate) fn set_timeout_ns(&self, timeout_ns: i64) {
+        self.0.timeout_ns.store(timeout_ns, Ordering::Relaxed);
+    }
+}
+
+impl AsFd for Socket {
+    /// The descriptor. After [`close`](Socket::close) it is one that answers `EBADF` to every use as a socket.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        sys::borrow(&self.0.fd)
+    }
+}
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.fd
+    }
+}
+
+impl io::Read for &Socket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(self.recv_into(buffer)?)
+    }
+}
+
+impl io::Write for &Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(self.send(bytes)?)
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        Ok(self.sendall(bytes)?)
+    }
+
+    /// Does nothing: nothing is buffered.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl io::Read for Socket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        io::Read::read(&mut &*self, buffer)
+    }
+}
+
+impl io::Write for Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::Write::write(&mut &*self, bytes)
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        io::Write::write_all(&mut &*self, bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Much as Python's repr: descriptor, family, type, protocol and, where there are any, addresses.
+impl fmt::Debug for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let closed = if self.0.inflight.is_closed() { " [closed]" } else { "" };
+        write!(
+            f,
+            "<ringsock.Socket{closed} fd={}, family={:?}, type={:?}, proto={}",
+            self.fileno(),
+            self.0.family,
+            self.0.kind,
+            self.0.proto
+        )?;
+        if closed.is_empty() {
+            if let Ok(address) = self.getsockname() {
+                write!(f, ", laddr={address}")?;
+            }
+            if let Ok(address) = self.getpeername() {
+                write!(f, ", raddr={address}")?;
+            }
+        }
+        f.write_str(">")
+    }
+}

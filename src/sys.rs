@@ -1,0 +1,387 @@
+//! System calls outside the ring, each a thin function over one call.
+//!
+//! Results follow the ring's convention: 0 or more is the call's own result, a negative number is `-errno`. That way an
+//! operation answers alike whether a CQE or a call answered. It knows no sockets as objects and no fibers.
+#![allow(unsafe_code)]
+
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::address::SockAddr;
+use crate::error::{Error, Result};
+
+/// The calling thread's errno.
+pub(crate) fn errno() -> i32 {
+    // SAFETY: the C library returns the address of this thread's own errno.
+    unsafe { *libc::__errno_location() }
+}
+
+/// `-errno` where a call returned -1, else its result.
+fn result(returned: i32) -> i32 {
+    if returned < 0 { -errno() } else { returned }
+}
+
+/// `-errno` where a transfer returned -1, else its byte count (at most `TRANSFER_BYTES_MAX`, so it fits).
+fn count(returned: isize) -> i32 {
+    if returned < 0 {
+        -errno()
+    } else {
+        returned as i32
+    }
+}
+
+/// A negative result as an [`Error`].
+pub(crate) fn check(returned: i32) -> Result<i32> {
+    if returned < 0 {
+        Err(Error::from_errno(-returned))
+    } else {
+        Ok(returned)
+    }
+}
+
+pub(crate) fn recv(fd: RawFd, buffer: &mut [MaybeUninit<u8>], flags: i32) -> i32 {
+    // SAFETY: the kernel writes at most `len` bytes into the exclusively borrowed buffer, during the call only.
+    count(unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), flags) })
+}
+
+pub(crate) fn send(fd: RawFd, buffer: &[u8], flags: i32) -> i32 {
+    // SAFETY: the kernel reads at most `len` bytes of the borrowed buffer, during the call only.
+    count(unsafe { libc::send(fd, buffer.as_ptr().cast(), buffer.len(), flags) })
+}
+
+pub(crate) fn accept4(fd: RawFd, address: &mut SockAddr) -> i32 {
+    let (storage, len) = address.as_mut_parts();
+    // SAFETY: `len` holds the size of `storage`; both live through the call.
+    result(unsafe { libc::accept4(fd, storage, len, libc::SOCK_CLOEXEC) })
+}
+
+pub(crate) fn connect(fd: RawFd, address: &SockAddr) -> i32 {
+    // SAFETY: pointer and length describe one initialised address that lives through the call.
+    result(unsafe { libc::connect(fd, address.as_ptr(), address.len()) })
+}
+
+pub(crate) fn bind(fd: RawFd, address: &SockAddr) -> i32 {
+    // SAFETY: pointer and length describe one initialised address that lives through the call.
+    result(unsafe { libc::bind(fd, address.as_ptr(), address.len()) })
+}
+
+pub(crate) fn listen(fd: RawFd, backlog: i32) -> i32 {
+    // SAFETY: no memory is passed.
+    result(unsafe { libc::listen(fd, backlog) })
+}
+
+pub(crate) fn shutdown(fd: RawFd, how: i32) -> i32 {
+    // SAFETY: no memory is passed.
+    result(unsafe { libc::shutdown(fd, how) })
+}
+
+pub(crate) fn getsockname(fd: RawFd, address: &mut SockAddr) -> i32 {
+    let (storage, len) = address.as_mut_parts();
+    // SAFETY: `len` holds the size of `storage`; both live through the call.
+    result(unsafe { libc::getsockname(fd, storage, len) })
+}
+
+pub(crate) fn getpeername(fd: RawFd, address: &mut SockAddr) -> i32 {
+    let (storage, len) = address.as_mut_parts();
+    // SAFETY: `len` holds the size of `storage`; both live through the call.
+    result(unsafe { libc::getpeername(fd, storage, len) })
+}
+
+/// poll(2) of one descriptor: the ready events, 0 when `timeout_ms` (-1: for ever) passed.
+pub(crate) fn poll(fd: RawFd, events: i16, timeout_ms: i32) -> i32 {
+    let mut entry = libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
+    // SAFETY: one entry is passed and its count is 1; it lives through the call.
+    match result(unsafe { libc::poll(&mut entry, 1, timeout_ms) }) {
+        1 if entry.revents & libc::POLLNVAL != 0 => -libc::EBADF,
+        1 => i32::from(entry.revents),
+        other => other,
+    }
+}
+
+pub(crate) fn socket(family: i32, kind: i32, proto: i32) -> Result<OwnedFd> {
+    // SAFETY: no memory is passed.
+    let fd = check(result(unsafe {
+        libc::socket(family, kind | libc::SOCK_CLOEXEC, proto)
+    }))?;
+    Ok(own(fd))
+}
+
+pub(crate) fn socketpair(family: i32, kind: i32, proto: i32) -> Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [-1; 2];
+    // SAFETY: the kernel writes two descriptors into the array of two.
+    check(result(unsafe {
+        libc::socketpair(family, kind | libc::SOCK_CLOEXEC, proto, fds.as_mut_ptr())
+    }))?;
+    Ok((own(fds[0]), own(fds[1])))
+}
+
+/// Takes ownership of a descriptor the kernel just made.
+pub(crate) fn own(fd: RawFd) -> OwnedFd {
+    assert!(fd >= 0, "not a descriptor");
+    // SAFETY: callers pass a descriptor that a call just returned to them and to nobody else.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// The descriptor of an object that keeps it open while borrowed.
+pub(crate) fn borrow(fd: &RawFd) -> BorrowedFd<'_> {
+    // SAFETY: callers pass a field of the object that owns the number and frees it last, so it outlives the borrow.
+    unsafe { BorrowedFd::borrow_raw(*fd) }
+}
+
+/// Initialised bytes as a place to receive into.
+#[inline]
+pub(crate) fn as_uninit(buffer: &mut [u8]) -> &mut [MaybeUninit<u8>] {
+    let len = buffer.len();
+    // SAFETY: same layout, same borrow. Receiving only ever writes initialised bytes, so the caller's slice stays initialised.
+    unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr().cast(), len) }
+}
+
+/// Makes the first `received` bytes of the spare capacity part of an empty vector.
+pub(crate) fn set_received(bytes: &mut Vec<u8>, received: usize) {
+    assert!(bytes.is_empty() && received <= bytes.capacity());
+    // SAFETY: the kernel reported that it wrote so many bytes from the start of the spare capacity.
+    unsafe { bytes.set_len(received) };
+}
+
+/// Closes a descriptor the caller owns. The result is of no use: on Linux the number is free whatever close(2) says.
+pub(crate) fn close(fd: RawFd) {
+    // SAFETY: the caller owns `fd` and gives it up; no memory is passed.
+    unsafe { libc::close(fd) };
+}
+
+/// Reads an option into `value`: the number of bytes the kernel wrote.
+pub(crate) fn getsockopt(fd: RawFd, level: i32, option: i32, value: &mut [u8]) -> i32 {
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: `len` holds the size of `value`; both live through the call.
+    let returned =
+        unsafe { libc::getsockopt(fd, level, option, value.as_mut_ptr().cast(), &mut len) };
+    if returned < 0 { -errno() } else { len as i32 }
+}
+
+/// Sets an option from bytes.
+pub(crate) fn setsockopt(fd: RawFd, level: i32, option: i32, value: &[u8]) -> i32 {
+    // SAFETY: pointer and length describe the borrowed bytes, read during the call only.
+    result(unsafe {
+        libc::setsockopt(
+            fd,
+            level,
+            option,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    })
+}
+
+/// Sets an option from a null pointer and a length (`setsockopt(level, option, None, optlen)` in Python).
+pub(crate) fn setsockopt_null(fd: RawFd, level: i32, option: i32, len: u32) -> i32 {
+    // SAFETY: the kernel reads nothing through a null pointer: it answers EFAULT or takes it as "none".
+    result(unsafe { libc::setsockopt(fd, level, option, std::ptr::null(), len) })
+}
+
+/// Sets or clears `O_NONBLOCK` with one call.
+pub(crate) fn set_nonblocking(fd: RawFd, nonblocking: bool) -> i32 {
+    let mut value = libc::c_int::from(nonblocking);
+    // SAFETY: FIONBIO reads one int, which lives through the call.
+    result(unsafe { libc::ioctl(fd, libc::FIONBIO, &mut value) })
+}
+
+/// The descriptor's file status flags (`F_GETFL`).
+pub(crate) fn status_flags(fd: RawFd) -> i32 {
+    // SAFETY: no memory is passed.
+    result(unsafe { libc::fcntl(fd, libc::F_GETFL) })
+}
+
+/// Puts an `O_PATH` descriptor over the number `fd`: the number stays taken, and every later use of it as a socket, by call
+/// or by ring, answers EBADF.
+pub(crate) fn bury(fd: RawFd, tombstone: RawFd) -> i32 {
+    loop {
+        // SAFETY: no memory is passed; the caller owns the number `fd`.
+        match result(unsafe { libc::dup3(tombstone, fd, libc::O_CLOEXEC) }) {
+            // EBUSY: another thread's open is about to use the number it was promised; EINTR: the old file's flush.
+            error if error == -libc::EBUSY || error == -libc::EINTR => std::thread::yield_now(),
+            other => return other,
+        }
+    }
+}
+
+/// The process's `O_PATH` descriptor for [`bury`], opened with the first socket so that closing needs no free descriptor.
+pub(crate) fn tombstone() -> Result<RawFd> {
+    static TOMBSTONE: OnceLock<RawFd> = OnceLock::new();
+    if let Some(fd) = TOMBSTONE.get() {
+        return Ok(*fd);
+    }
+    // SAFETY: the path is a NUL-terminated literal.
+    let fd = check(result(unsafe {
+        libc::open(c"/".as_ptr(), libc::O_PATH | libc::O_CLOEXEC)
+    }))?;
+    let kept = *TOMBSTONE.get_or_init(|| fd);
+    if kept != fd {
+        close(fd);
+    }
+    Ok(kept)
+}
+
+/// A new eventfd with counter 0, in non-blocking mode so that a ring never hands its poll to a worker thread.
+pub(crate) fn eventfd() -> Result<OwnedFd> {
+    // SAFETY: no memory is passed.
+    let fd = check(result(unsafe {
+        libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
+    }))?;
+    Ok(own(fd))
+}
+
+/// Adds one to an eventfd. EAGAIN means its counter is full, so its reader is awake anyway.
+pub(crate) fn ring_eventfd(fd: RawFd) {
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: eight bytes are read from the array during the call.
+    unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) };
+}
+
+/// The monotonic clock in nanoseconds.
+pub(crate) fn monotonic_ns() -> i64 {
+    let mut time = MaybeUninit::<libc::timespec>::uninit();
+    // SAFETY: CLOCK_MONOTONIC always exists, so the call fills the whole struct.
+    let time = unsafe {
+        libc::clock_gettime(libc::CLOCK_MONOTONIC, time.as_mut_ptr());
+        time.assume_init()
+    };
+    time.tv_sec as i64 * 1_000_000_000 + time.tv_nsec as i64
+}
+
+/// A resource limit as (soft, hard).
+pub(crate) fn rlimit(resource: libc::__rlimit_resource_t) -> Option<(u64, u64)> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the kernel fills the struct, which lives through the call.
+    (unsafe { libc::getrlimit(resource, &mut limit) } == 0)
+        .then_some((limit.rlim_cur, limit.rlim_max))
+}
+
+/// Raises the soft limit of open descriptors to the hard one: (before, after).
+pub(crate) fn raise_nofile() -> Option<(u64, u64)> {
+    let (soft, hard) = rlimit(libc::RLIMIT_NOFILE)?;
+    let limit = libc::rlimit {
+        rlim_cur: hard,
+        rlim_max: hard,
+    };
+    // SAFETY: the kernel reads the struct, which lives through the call.
+    (unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } == 0).then_some((soft, hard))
+}
+
+/// A page that reads 1 in the process that made it and 0 in its forked children (until they take an epoch of their own) (`MADV_WIPEONFORK`, Linux 4.14), so one load
+/// tells a child that the rings it sees belong to its parent.
+///
+/// Where the page cannot be had the mark reads 1 always, and forked children are not told apart.
+pub(crate) fn fork_mark() -> &'static AtomicU32 {
+    static MARK: OnceLock<&'static AtomicU32> = OnceLock::new();
+    static NO_MARK: AtomicU32 = AtomicU32::new(1);
+    MARK.get_or_init(|| {
+        let len = page_size();
+        // SAFETY: an anonymous private mapping of one page, at an address the kernel picks; checked before use.
+        let page = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if page == libc::MAP_FAILED {
+            return &NO_MARK;
+        }
+        // SAFETY: the mapping above is `len` bytes.
+        if unsafe { libc::madvise(page, len, libc::MADV_WIPEONFORK) } != 0 {
+            // SAFETY: the mapping above, which nobody else has seen.
+            unsafe { libc::munmap(page, len) };
+            return &NO_MARK;
+        }
+        // SAFETY: the page is aligned, zeroed (a valid AtomicU32), and never unmapped.
+        let mark: &'static AtomicU32 = unsafe { &*page.cast::<AtomicU32>() };
+        mark.store(1, Ordering::Relaxed);
+        mark
+    })
+}
+
+/// The number [`fork_mark`] shows to this process; a forked child gets another one, never its parent's. A ring remembers the
+/// epoch it was made in and belongs to whoever still reads it.
+pub(crate) fn fork_epoch() -> u32 {
+    static LAST: AtomicU32 = AtomicU32::new(1);
+    let mark = fork_mark();
+    match mark.load(Ordering::Relaxed) {
+        0 => {
+            // A child that has not asked before. It has one thread, so nobody races; LAST came along with the fork.
+            let epoch = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+            mark.store(epoch, Ordering::Relaxed);
+            epoch
+        }
+        epoch => epoch,
+    }
+}
+
+/// The size of a page of memory in bytes.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: no memory is passed.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buried_number_stays_taken_and_answers_ebadf() {
+        let (left, right) = socketpair(libc::AF_UNIX, libc::SOCK_STREAM, 0).unwrap();
+        use std::os::fd::AsRawFd;
+        let fd = left.as_raw_fd();
+        assert_eq!(bury(fd, tombstone().unwrap()), fd);
+        assert_eq!(send(fd, b"x", 0), -libc::EBADF);
+        let mut buffer = [MaybeUninit::uninit(); 1];
+        assert_eq!(recv(right.as_raw_fd(), &mut buffer, 0), 0, "the peer sees the end");
+        assert_ne!(socket(libc::AF_INET, libc::SOCK_STREAM, 0).unwrap().as_raw_fd(), fd);
+    }
+
+    #[test]
+    fn a_forked_child_sees_the_mark_wiped() {
+        let mark = fork_mark();
+        assert_eq!(mark.load(Ordering::Relaxed), 1);
+        // SAFETY: the child only loads an atomic and leaves by _exit, both async-signal-safe.
+        let child = unsafe {
+            match libc::fork() {
+                0 => libc::_exit(mark.load(Ordering::Relaxed) as i32),
+                child => child,
+            }
+        };
+        let mut status = 0;
+        // SAFETY: `status` lives through the call; the child is ours.
+        unsafe { libc::waitpid(child, &mut status, 0) };
+        assert!(libc::WIFEXITED(status));
+        assert_eq!(libc::WEXITSTATUS(status), 0);
+    }
+
+    #[test]
+    fn a_forked_child_has_an_epoch_of_its_own() {
+        let mine = fork_epoch();
+        // SAFETY: the child only works on atomics and leaves by _exit, both async-signal-safe.
+        let child = unsafe {
+            match libc::fork() {
+                0 => libc::_exit(i32::from(fork_epoch() != mine && fork_epoch() == fork_epoch())),
+                child => child,
+            }
+        };
+        let mut status = 0;
+        // SAFETY: `status` lives through the call; the child is ours.
+        unsafe { libc::waitpid(child, &mut status, 0) };
+        assert_eq!(libc::WEXITSTATUS(status), 1);
+        assert_eq!(fork_epoch(), mine);
+    }
+}
