@@ -16,10 +16,17 @@ struct Args {}
 fn main() -> ExitCode {
     let Args {} = Args::parse();
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    println!("ringsock {} on Linux {}", env!("CARGO_PKG_VERSION"), release.trim());
+    println!(
+        "ringsock {} on Linux {}",
+        env!("CARGO_PKG_VERSION"),
+        release.trim()
+    );
     match Features::probe() {
         Ok(features) => {
-            println!("driver: io_uring\n\n{:<18} {:<4} what it is for, or why it is off\n{features}", "feature", "");
+            println!(
+                "driver: io_uring\n\n{:<18} {:<4} what it is for, or why it is off\n{features}",
+                "feature", ""
+            );
             ExitCode::SUCCESS
         }
         Err(error) => {

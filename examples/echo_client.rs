@@ -74,7 +74,11 @@ fn main() -> ExitCode {
         }
     };
     let mut out = std::io::stdout().lock();
-    if out.write_all(&echoed).and_then(|()| out.write_all(b"\n")).is_err() {
+    if out
+        .write_all(&echoed)
+        .and_then(|()| out.write_all(b"\n"))
+        .is_err()
+    {
         return ExitCode::FAILURE;
     }
     if echoed != args.message.as_bytes() {

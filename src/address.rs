@@ -1305,8 +1305,7 @@ mod tests {
             let mut address = SockAddr::empty();
             // SAFETY: both pointers are into `address`, which outlives the call; `len` says 128,
             // the room there is.
-            let result =
-                {
+            let result = {
                 let (storage, len) = address.as_mut_parts();
                 unsafe { libc::getsockname(fd, storage, len) }
             };

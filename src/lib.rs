@@ -45,9 +45,7 @@ pub use fiber::thread::calls_without_ring;
 pub use fiber::{sleep, timeout, yield_now};
 pub use log::set_log_hook;
 pub use metrics::Metrics;
-pub use runtime::{
-    Handle, Runtime, RuntimeBuilder, Server, raise_descriptor_limit, run, serve,
-};
+pub use runtime::{Handle, Runtime, RuntimeBuilder, Server, raise_descriptor_limit, run, serve};
 pub use socket::{OptionValue, Socket, socketpair, socketpair_with};
 pub use timeout::Timeout;
 

@@ -211,7 +211,11 @@ impl RuntimeBuilder {
 
     /// Entries of each worker's submission queue (256 if not said; a power of two from 2 to 32,768) and of its completion queue
     /// for each of them (8 if not said, at least 2). Where memory is short the kernel gets what it accepts.
-    pub fn ring_entries(mut self, submission: u32, completion_per_submission: u32) -> RuntimeBuilder {
+    pub fn ring_entries(
+        mut self,
+        submission: u32,
+        completion_per_submission: u32,
+    ) -> RuntimeBuilder {
         self.config = Config {
             sq_entries: submission.clamp(2, 32_768).next_power_of_two(),
             cq_per_sq: completion_per_submission.clamp(2, 32),
@@ -525,7 +529,14 @@ impl Handle {
         let (family, mut address) = AF_FAMILIES
             .iter()
             .find_map(|family| Some((*family, address.to_address(*family).ok()?)))
-            .map_or_else(|| address.to_address(AF_INET).map(|address| (AF_INET, address)), Ok)?;
+            .map_or_else(
+                || {
+                    address
+                        .to_address(AF_INET)
+                        .map(|address| (AF_INET, address))
+                },
+                Ok,
+            )?;
         let shared = family == AF_UNIX || self.workers() == 1;
         let mut listeners: Vec<Socket> = Vec::new();
         for _ in 0..self.workers() {
@@ -577,7 +588,9 @@ where
 {
     match Handle::current() {
         Some(handle) => handle.serve(address, handler),
-        None => panic!("serve works in a fiber only: enter one with ringsock::run, or use Handle::serve"),
+        None => panic!(
+            "serve works in a fiber only: enter one with ringsock::run, or use Handle::serve"
+        ),
     }
 }
 

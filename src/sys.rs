@@ -13,6 +13,7 @@ use crate::address::SockAddr;
 use crate::error::{Error, Result};
 
 /// The calling thread's errno.
+#[cold]
 pub(crate) fn errno() -> i32 {
     // SAFETY: the C library returns the address of this thread's own errno.
     unsafe { *libc::__errno_location() }
@@ -24,6 +25,7 @@ fn result(returned: i32) -> i32 {
 }
 
 /// `-errno` where a transfer returned -1, else its byte count (at most `TRANSFER_BYTES_MAX`, so it fits).
+#[inline(always)]
 fn count(returned: isize) -> i32 {
     if returned < 0 {
         -errno()
@@ -46,6 +48,7 @@ pub(crate) fn recv(fd: RawFd, buffer: &mut [MaybeUninit<u8>], flags: i32) -> i32
     count(unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), flags) })
 }
 
+#[inline(always)]
 pub(crate) fn send(fd: RawFd, buffer: &[u8], flags: i32) -> i32 {
     // SAFETY: the kernel reads at most `len` bytes of the borrowed buffer, during the call only.
     count(unsafe { libc::send(fd, buffer.as_ptr().cast(), buffer.len(), flags) })
@@ -135,7 +138,7 @@ pub(crate) fn borrow(fd: &RawFd) -> BorrowedFd<'_> {
 }
 
 /// Initialised bytes as a place to receive into.
-#[inline]
+#[inline(always)]
 pub(crate) fn as_uninit(buffer: &mut [u8]) -> &mut [MaybeUninit<u8>] {
     let len = buffer.len();
     // SAFETY: same layout, same borrow. Receiving only ever writes initialised bytes, so the caller's slice stays initialised.
@@ -346,8 +349,17 @@ mod tests {
         assert_eq!(bury(fd, tombstone().unwrap()), fd);
         assert_eq!(send(fd, b"x", 0), -libc::EBADF);
         let mut buffer = [MaybeUninit::uninit(); 1];
-        assert_eq!(recv(right.as_raw_fd(), &mut buffer, 0), 0, "the peer sees the end");
-        assert_ne!(socket(libc::AF_INET, libc::SOCK_STREAM, 0).unwrap().as_raw_fd(), fd);
+        assert_eq!(
+            recv(right.as_raw_fd(), &mut buffer, 0),
+            0,
+            "the peer sees the end"
+        );
+        assert_ne!(
+            socket(libc::AF_INET, libc::SOCK_STREAM, 0)
+                .unwrap()
+                .as_raw_fd(),
+            fd
+        );
     }
 
     #[test]
@@ -374,7 +386,9 @@ mod tests {
         // SAFETY: the child only works on atomics and leaves by _exit, both async-signal-safe.
         let child = unsafe {
             match libc::fork() {
-                0 => libc::_exit(i32::from(fork_epoch() != mine && fork_epoch() == fork_epoch())),
+                0 => libc::_exit(i32::from(
+                    fork_epoch() != mine && fork_epoch() == fork_epoch(),
+                )),
                 child => child,
             }
         };

@@ -137,7 +137,10 @@ mod tests {
         }
         assert!(matches!(ns(f64::NAN.into()), Err(Error::Value(_))));
         for large in [f64::INFINITY, 9.3e9, 1e300] {
-            assert!(matches!(ns(large.into()), Err(Error::Overflow(_))), "{large}");
+            assert!(
+                matches!(ns(large.into()), Err(Error::Overflow(_))),
+                "{large}"
+            );
         }
         assert!(matches!(ns(u64::MAX.into()), Err(Error::Overflow(_))));
         assert!(matches!(ns(Duration::MAX.into()), Err(Error::Overflow(_))));

@@ -26,6 +26,7 @@
 
 pub(crate) mod features;
 pub(crate) mod op;
+mod queues;
 #[cfg(test)]
 pub(crate) mod scripted;
 pub(crate) mod slab;
@@ -40,8 +41,8 @@ pub(crate) use uring::Full;
 
 use crate::error::Result;
 use crate::sys;
-use features::Features;
 use ::slab::Slab;
+use features::Features;
 use slab::{Slots, TAG_EVENTFD, TAG_MESSAGE};
 use uring::Uring;
 
@@ -205,7 +206,10 @@ impl Driver {
                 };
                 let index = self.messages.insert(bell.clone());
                 let tag = TAG_MESSAGE | (index as u64) << 32;
-                if uring.prepare_message(ring_fd, tag, &mut self.counters).is_err() {
+                if uring
+                    .prepare_message(ring_fd, tag, &mut self.counters)
+                    .is_err()
+                {
                     self.messages.remove(index);
                     return false;
                 }
@@ -254,7 +258,7 @@ impl Driver {
     ///
     /// The memory that `op` borrows and `*timeout` must stay valid and, where the operation writes, unaliased until the
     /// completion of the key has been returned by [`next`](Driver::next), whatever happens to the borrowing frame.
-    #[inline]
+    #[inline(always)]
     #[allow(unsafe_code)]
     pub(crate) unsafe fn submit(
         &mut self,
@@ -337,21 +341,17 @@ impl Driver {
     }
 
     /// The next completion at hand and its waiter.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn next(&mut self) -> Option<(Waiter, Completion)> {
-        use slab::TAG_FIRST;
         loop {
             let (user_data, completion) = match &mut self.backend {
                 Backend::Uring(uring) => uring.next(&mut self.counters)?,
                 #[cfg(test)]
                 Backend::Scripted(script) => script.next()?,
             };
-            if (user_data as u32) < TAG_FIRST {
-                if let Some(delivered) = self.slots.complete(user_data, completion) {
-                    return Some(delivered);
-                }
-            } else {
-                self.notice(user_data, completion);
+            match self.slots.complete(user_data, completion) {
+                None => self.notice(user_data, completion),
+                delivered => return delivered,
             }
         }
     }
@@ -359,11 +359,12 @@ impl Driver {
     /// A CQE no slot waits for. Timers and cancels need nothing further; a bell that could not be rung by message is rung by
     /// eventfd; a watch that ended is set up again.
     #[cold]
+    #[inline(never)]
     fn notice(&mut self, user_data: u64, completion: Completion) {
         match user_data & 0xffff_ffff {
             TAG_EVENTFD => {
-                self.eventfd_unwatched = completion.flags & slab::CQE_F_MORE == 0
-                    && completion.res != -libc::ECANCELED;
+                self.eventfd_unwatched =
+                    completion.flags & slab::CQE_F_MORE == 0 && completion.res != -libc::ECANCELED;
             }
             TAG_MESSAGE => {
                 if let Some(bell) = self.messages.try_remove((user_data >> 32) as usize)
@@ -388,25 +389,6 @@ impl Driver {
         }
     }
 
-    /// How many SQEs the kernel has taken so far.
-    pub(crate) fn submitted(&self) -> u64 {
-        match &self.backend {
-            Backend::Uring(uring) => self.counters.sqes - uring.unsubmitted() as u64,
-            #[cfg(test)]
-            Backend::Scripted(_) => self.counters.sqes,
-        }
-    }
-
-    /// Whether nothing is queued and no completion is at hand, so that an enter would carry only what comes next.
-    #[inline]
-    pub(crate) fn is_quiet(&self) -> bool {
-        match &self.backend {
-            Backend::Uring(uring) => !uring.has_unsubmitted() && !uring.has_next(),
-            #[cfg(test)]
-            Backend::Scripted(_) => true,
-        }
-    }
-
     /// The driver's clock in nanoseconds.
     pub(crate) fn now_ns(&self) -> i64 {
         match &self.backend {
@@ -417,6 +399,7 @@ impl Driver {
     }
 
     /// Runs `op` as one call that does not wait: `-EAGAIN` where it would.
+    #[inline(always)]
     pub(crate) fn attempt(&mut self, op: &mut Op<'_>) -> i32 {
         match &mut self.backend {
             Backend::Uring(_) => op.attempt(),

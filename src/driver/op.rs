@@ -43,7 +43,10 @@ pub(crate) enum Op<'a> {
         flags: i32,
     },
     /// accept4(2) with `SOCK_CLOEXEC`. The result is the new descriptor.
-    Accept { fd: RawFd, address: &'a mut SockAddr },
+    Accept {
+        fd: RawFd,
+        address: &'a mut SockAddr,
+    },
     /// connect(2). The result is 0.
     Connect { fd: RawFd, address: &'a SockAddr },
     /// poll(2) of one descriptor, one shot. The result is the ready events.
@@ -102,6 +105,7 @@ impl Op<'_> {
     /// accept4(2) and connect(2) know no `MSG_DONTWAIT`: an accept looks with poll(2) first, so another acceptor of the same
     /// listener can make it wait where the listener is in blocking mode; a connect relies on the caller having set
     /// `O_NONBLOCK`.
+    #[inline(always)]
     pub(crate) fn attempt(&mut self) -> i32 {
         match self {
             Op::Recv { fd, buffer, flags } => sys::recv(*fd, buffer, *flags | libc::MSG_DONTWAIT),

@@ -139,10 +139,24 @@ impl World {
 /// What a pending operation does, with the memory it was lent.
 #[derive(Clone, Copy)]
 enum Action {
-    Recv { fd: RawFd, buffer: *mut u8, len: usize },
-    Send { fd: RawFd, buffer: *const u8, len: usize, all: bool, done: usize },
-    Accept { fd: RawFd },
-    Sleep { at_ns: i64 },
+    Recv {
+        fd: RawFd,
+        buffer: *mut u8,
+        len: usize,
+    },
+    Send {
+        fd: RawFd,
+        buffer: *const u8,
+        len: usize,
+        all: bool,
+        done: usize,
+    },
+    Accept {
+        fd: RawFd,
+    },
+    Sleep {
+        at_ns: i64,
+    },
     Ready,
 }
 
@@ -341,7 +355,11 @@ impl Scripted {
 
     /// Posts a CQE somewhere among those not yet read.
     fn post(&mut self, user_data: u64, res: i32) {
-        let place = self.world.borrow_mut().random.below(self.completions.len() + 1);
+        let place = self
+            .world
+            .borrow_mut()
+            .random
+            .below(self.completions.len() + 1);
         self.completions
             .insert(place, (user_data, Completion { res, flags: 0 }));
     }
@@ -364,7 +382,13 @@ impl Scripted {
                 }
                 Some(count as i32)
             }
-            Action::Send { fd, buffer, len, all, done } => {
+            Action::Send {
+                fd,
+                buffer,
+                len,
+                all,
+                done,
+            } => {
                 let peer = world.peers.get_mut(fd)?;
                 if *len == 0 {
                     return Some(0);

@@ -15,10 +15,15 @@
 //!
 //! It stores an opaque waiter and knows neither fibers nor rings.
 
+use std::num::NonZeroUsize;
+
 use slab::Slab;
 
 /// `IORING_CQE_F_MORE`: more CQEs of the same operation will come.
 pub(crate) const CQE_F_MORE: u32 = 1 << 1;
+
+/// `IORING_CQE_F_NOTIF`: the last CQE of a zero-copy send, which says only that the memory is free again.
+const CQE_F_NOTIF: u32 = 1 << 3;
 
 /// Slot indices from here up are not slots: they tag CQEs nobody waits for.
 pub(crate) const TAG_FIRST: u32 = u32::MAX - 15;
@@ -34,24 +39,16 @@ pub(crate) const TAG_MESSAGE: u64 = TAG_FIRST as u64 + 3;
 /// The poll of the wake-up eventfd.
 pub(crate) const TAG_EVENTFD: u64 = TAG_FIRST as u64 + 4;
 
-/// Names one operation of one slot. Zero is no key.
+/// Names one operation of one slot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub(crate) struct Key(pub(crate) u64);
 
 impl Key {
-    /// The key no operation has.
-    pub(crate) const NONE: Key = Key(0);
-
-    fn new(index: usize, generation: u32) -> Key {
-        Key(u64::from(generation) << 32 | index as u64)
-    }
+    /// The key no operation has: its index is a tag's, so no CQE that bears it finds a slot either.
+    pub(crate) const NONE: Key = Key(u64::MAX);
 
     fn index(self) -> usize {
         (self.0 & 0xffff_ffff) as usize
-    }
-
-    fn generation(self) -> u32 {
-        (self.0 >> 32) as u32
     }
 }
 
@@ -63,37 +60,36 @@ pub(crate) struct Completion {
 }
 
 /// What the layer above stores in a slot to find its waiter again.
-pub(crate) type Waiter = usize;
+pub(crate) type Waiter = NonZeroUsize;
 
 struct Slot {
-    waiter: Waiter,
-    generation: u32,
-    state: SlotState,
+    // Never 0, which leaves `slab` a value to mark vacant entries with: 16 bytes an entry instead of 24.
+    waiter: NonZeroUsize,
+    /// The operation under way, or NONE.
+    key: Key,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum SlotState {
-    Idle,
-    Waiting,
-    /// The first CQE came and announced more: its result is the operation's.
-    Draining(i32),
-}
+const GENERATION_ONE: u64 = 1 << 32;
 
 /// The slots of one driver.
 pub(crate) struct Slots {
     slab: Slab<Slot>,
-    generation: u32,
+    /// The generation of the next operation, in the upper half.
+    generation: u64,
     waiting: usize,
     unknown: u64,
+    /// Operations that announced more CQEs, with the result of their first one. Mostly empty.
+    draining: Vec<(Key, i32)>,
 }
 
 impl Slots {
     pub(crate) fn new() -> Slots {
         Slots {
             slab: Slab::new(),
-            generation: 0,
+            generation: GENERATION_ONE,
             waiting: 0,
             unknown: 0,
+            draining: Vec::new(),
         }
     }
 
@@ -101,8 +97,7 @@ impl Slots {
     pub(crate) fn register(&mut self, waiter: Waiter) -> u32 {
         let index = self.slab.insert(Slot {
             waiter,
-            generation: 0,
-            state: SlotState::Idle,
+            key: Key::NONE,
         });
         u32::try_from(index)
             .ok()
@@ -113,21 +108,19 @@ impl Slots {
     /// Takes the slot back. The waiter must have no operation in flight: the kernel would complete into nothing.
     pub(crate) fn unregister(&mut self, slot: u32) {
         let slot = self.slab.remove(slot as usize);
-        assert_eq!(slot.state, SlotState::Idle, "an operation is still in flight");
+        assert_eq!(slot.key, Key::NONE, "an operation is still in flight");
     }
 
     /// Starts an operation (or a wait for a wake) on the slot and names it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn begin(&mut self, slot: u32) -> Key {
-        // Generation 0 would make slot 0's key the NONE key.
-        self.generation = self.generation.checked_add(1).unwrap_or(1);
-        let generation = self.generation;
+        let key = Key(self.generation | u64::from(slot));
+        self.generation = self.generation.wrapping_add(GENERATION_ONE);
         let entry = &mut self.slab[slot as usize];
-        debug_assert_eq!(entry.state, SlotState::Idle, "one operation at a time");
-        entry.generation = generation;
-        entry.state = SlotState::Waiting;
+        debug_assert_eq!(entry.key, Key::NONE, "one operation at a time");
+        entry.key = key;
         self.waiting += 1;
-        Key::new(slot as usize, generation)
+        key
     }
 
     /// Takes back a [`begin`](Slots::begin) nothing was submitted for.
@@ -138,14 +131,14 @@ impl Slots {
 
     /// Whether the operation is still awaited.
     pub(crate) fn is_waiting(&self, key: Key) -> bool {
-        self.slab.get(key.index()).is_some_and(|slot| {
-            slot.generation == key.generation() && slot.state != SlotState::Idle
-        })
+        self.slab
+            .get(key.index())
+            .is_some_and(|slot| slot.key == key)
     }
 
     /// Delivers a CQE: the waiter and its result at the last CQE of the operation, `None` before that and for a CQE that
     /// nobody waits for.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn complete(
         &mut self,
         user_data: u64,
@@ -153,12 +146,8 @@ impl Slots {
     ) -> Option<(Waiter, Completion)> {
         let key = Key(user_data);
         match self.slab.get_mut(key.index()) {
-            Some(slot) if slot.generation == key.generation() && slot.state == SlotState::Waiting => {
-                if completion.flags & CQE_F_MORE != 0 {
-                    slot.state = SlotState::Draining(completion.res);
-                    return None;
-                }
-                slot.state = SlotState::Idle;
+            Some(slot) if slot.key == key && completion.flags & (CQE_F_MORE | CQE_F_NOTIF) == 0 => {
+                slot.key = Key::NONE;
                 self.waiting -= 1;
                 Some((slot.waiter, completion))
             }
@@ -166,27 +155,32 @@ impl Slots {
         }
     }
 
+    /// CQEs of operations with several, and those nobody waits for.
     #[cold]
+    #[inline(never)]
     fn complete_rest(&mut self, key: Key, completion: Completion) -> Option<(Waiter, Completion)> {
-        if let Some(slot) = self.slab.get_mut(key.index())
-            && slot.generation == key.generation()
-            && let SlotState::Draining(res) = slot.state
-        {
-            if completion.flags & CQE_F_MORE != 0 {
-                return None;
-            }
-            slot.state = SlotState::Idle;
-            self.waiting -= 1;
-            return Some((
-                slot.waiter,
-                Completion {
-                    res,
-                    flags: completion.flags,
-                },
-            ));
+        if !self.is_waiting(key) {
+            self.unknown += u64::from((key.0 as u32) < TAG_FIRST);
+            return None;
         }
-        self.unknown += 1;
-        None
+        let first = self.draining.iter().position(|(other, _)| *other == key);
+        if completion.flags & CQE_F_MORE != 0 {
+            if first.is_none() {
+                self.draining.push((key, completion.res));
+            }
+            return None;
+        }
+        let res = first.map_or(completion.res, |index| self.draining.swap_remove(index).1);
+        let slot = &mut self.slab[key.index()];
+        slot.key = Key::NONE;
+        self.waiting -= 1;
+        Some((
+            slot.waiter,
+            Completion {
+                res,
+                flags: completion.flags,
+            },
+        ))
     }
 
     /// Every registered waiter.
@@ -201,8 +195,7 @@ impl Slots {
 
     /// The waiter that `key` names, if the key is still awaited.
     pub(crate) fn waiter_of(&self, key: Key) -> Option<Waiter> {
-        self.is_waiting(key)
-            .then(|| self.slab[key.index()].waiter)
+        self.is_waiting(key).then(|| self.slab[key.index()].waiter)
     }
 
     /// How many operations and waits are under way.
@@ -220,6 +213,10 @@ impl Slots {
 mod tests {
     use super::*;
 
+    fn waiter(n: usize) -> Waiter {
+        Waiter::new(n).expect("not 0")
+    }
+
     fn completion(res: i32) -> Completion {
         Completion { res, flags: 0 }
     }
@@ -227,11 +224,18 @@ mod tests {
     #[test]
     fn a_completion_reaches_its_waiter_once() {
         let mut slots = Slots::new();
-        let slot = slots.register(7);
+        let slot = slots.register(waiter(7));
         let key = slots.begin(slot);
         assert!(slots.is_waiting(key));
-        assert_eq!(slots.complete(key.0, completion(5)), Some((7, completion(5))));
-        assert_eq!(slots.complete(key.0, completion(5)), None, "a duplicate CQE");
+        assert_eq!(
+            slots.complete(key.0, completion(5)),
+            Some((waiter(7), completion(5)))
+        );
+        assert_eq!(
+            slots.complete(key.0, completion(5)),
+            None,
+            "a duplicate CQE"
+        );
         assert_eq!(slots.unknown(), 1);
         assert_eq!(slots.waiting(), 0);
     }
@@ -239,33 +243,39 @@ mod tests {
     #[test]
     fn a_late_cqe_never_hits_the_slots_next_operation() {
         let mut slots = Slots::new();
-        let slot = slots.register(7);
+        let slot = slots.register(waiter(7));
         let old = slots.begin(slot);
         assert!(slots.complete(old.0, completion(1)).is_some());
         let new = slots.begin(slot);
         assert_eq!(slots.complete(old.0, completion(99)), None);
-        assert_eq!(slots.complete(new.0, completion(2)), Some((7, completion(2))));
+        assert_eq!(
+            slots.complete(new.0, completion(2)),
+            Some((waiter(7), completion(2)))
+        );
         assert_eq!(slots.unknown(), 1);
     }
 
     #[test]
     fn a_late_cqe_never_hits_a_slots_next_owner() {
         let mut slots = Slots::new();
-        let slot = slots.register(7);
+        let slot = slots.register(waiter(7));
         let old = slots.begin(slot);
         assert!(slots.complete(old.0, completion(1)).is_some());
         slots.unregister(slot);
-        assert_eq!(slots.register(8), slot, "the slab reuses the index");
+        assert_eq!(slots.register(waiter(8)), slot, "the slab reuses the index");
         assert_eq!(slots.complete(old.0, completion(99)), None);
         let new = slots.begin(slot);
         assert_ne!(new, old);
-        assert_eq!(slots.complete(new.0, completion(3)), Some((8, completion(3))));
+        assert_eq!(
+            slots.complete(new.0, completion(3)),
+            Some((waiter(8), completion(3)))
+        );
     }
 
     #[test]
     fn a_multi_cqe_operation_keeps_its_slot_and_its_first_result() {
         let mut slots = Slots::new();
-        let slot = slots.register(7);
+        let slot = slots.register(waiter(7));
         let key = slots.begin(slot);
         let more = Completion {
             res: 4096,
@@ -276,7 +286,13 @@ mod tests {
         let notification = Completion { res: 0, flags: 8 };
         assert_eq!(
             slots.complete(key.0, notification),
-            Some((7, Completion { res: 4096, flags: 8 }))
+            Some((
+                waiter(7),
+                Completion {
+                    res: 4096,
+                    flags: 8
+                }
+            ))
         );
         assert_eq!(slots.waiting(), 0);
     }
@@ -285,7 +301,7 @@ mod tests {
     #[should_panic(expected = "still in flight")]
     fn a_slot_with_an_operation_in_flight_is_not_given_back() {
         let mut slots = Slots::new();
-        let slot = slots.register(7);
+        let slot = slots.register(waiter(7));
         slots.begin(slot);
         slots.unregister(slot);
     }
@@ -303,7 +319,7 @@ mod tests {
                 random
             };
             let mut slots = Slots::new();
-            let owned: Vec<u32> = (0..8).map(|waiter| slots.register(waiter)).collect();
+            let owned: Vec<u32> = (0..8).map(|n| slots.register(waiter(n + 1))).collect();
             let mut live: Vec<Option<(Key, Option<i32>)>> = vec![None; 8];
             let mut history: Vec<Key> = Vec::new();
             for _ in 0..1_000 {
@@ -319,7 +335,7 @@ mod tests {
                         // A stranger: an old key, a tag, or noise.
                         let stray = match next() % 3 {
                             0 => TAG_TIMER + next() % 5,
-                            1 => next(),
+                            1 => [next(), 0, u64::MAX][(next() % 3) as usize],
                             _ => history.get(which).map_or(0, |key| key.0),
                         };
                         if !live.iter().flatten().any(|(key, _)| key.0 == stray) {
@@ -330,20 +346,31 @@ mod tests {
                         if let Some((key, first)) = live[which] {
                             let res = (next() % 1_000) as i32;
                             if next() % 3 == 0 {
-                                let more = Completion { res, flags: CQE_F_MORE };
+                                let more = Completion {
+                                    res,
+                                    flags: CQE_F_MORE,
+                                };
                                 assert_eq!(slots.complete(key.0, more), None);
                                 live[which] = Some((key, first.or(Some(res))));
                             } else {
-                                let (waiter, got) =
-                                    slots.complete(key.0, completion(res)).expect("the last CQE");
-                                assert_eq!(waiter, which, "seed {seed}");
+                                let last = Completion {
+                                    res,
+                                    flags: if first.is_some() { CQE_F_NOTIF } else { 0 },
+                                };
+                                let (delivered, got) =
+                                    slots.complete(key.0, last).expect("the last CQE");
+                                assert_eq!(delivered, waiter(which + 1), "seed {seed}");
                                 assert_eq!(got.res, first.unwrap_or(res), "seed {seed}");
                                 live[which] = None;
                             }
                         }
                     }
                 }
-                assert_eq!(slots.waiting(), live.iter().flatten().count(), "seed {seed}");
+                assert_eq!(
+                    slots.waiting(),
+                    live.iter().flatten().count(),
+                    "seed {seed}"
+                );
             }
         }
     }

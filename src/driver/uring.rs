@@ -19,10 +19,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, Probe, opcode, squeue, types};
 
 use super::features::{self, Features};
 use super::op::{OPS, Op, TRANSFER_BYTES_MAX, Timespec};
+use super::queues::Queues;
 use super::slab::{Completion, Key, TAG_CANCEL, TAG_EVENTFD, TAG_TIMER, TAG_WAKE};
 use super::{Config, Counters};
 use crate::error::{Error, Result};
@@ -39,10 +40,9 @@ const ENTER_NAP_MAX: Duration = Duration::from_millis(64);
 
 /// One ring and its queues.
 pub(crate) struct Uring {
-    // The queues borrow the ring, which `drop` frees after them; hence the order and the ManuallyDrop.
-    sq: ManuallyDrop<squeue::SubmissionQueue<'static>>,
-    cq: ManuallyDrop<cqueue::CompletionQueue<'static>>,
-    ring: *mut IoUring,
+    queues: Queues,
+    /// Set up and owned by the crate; dropped only by the process that made it.
+    ring: ManuallyDrop<IoUring>,
     /// What enter is given as ring: a registered index, or the descriptor.
     enter_fd: i32,
     enter_flags: u32,
@@ -161,7 +161,9 @@ fn climb<R>(
 impl Uring {
     pub(crate) fn new(config: Config) -> Result<Uring> {
         let mut features = Features::default();
-        let ring = climb(config, &mut features, |builder, entries| builder.build(entries))?;
+        let ring = climb(config, &mut features, |builder, entries| {
+            builder.build(entries)
+        })?;
         let params = ring.params();
         features.entries = (params.sq_entries(), params.cq_entries());
         if params.sq_entries() < config.sq_entries {
@@ -198,14 +200,9 @@ impl Uring {
             ),
         }
 
-        let ring = Box::into_raw(Box::new(ring));
-        // SAFETY: `ring` was just boxed and is freed only by `drop`, after both queues; `split` is called once, so each queue
-        // has one handle.
-        let (_, sq, cq) = unsafe { (*ring).split() };
         Ok(Uring {
-            sq: ManuallyDrop::new(sq),
-            cq: ManuallyDrop::new(cq),
-            ring,
+            queues: Queues::new(&ring)?,
+            ring: ManuallyDrop::new(ring),
             enter_fd,
             enter_flags,
             fork_mark: sys::fork_mark(),
@@ -221,8 +218,7 @@ impl Uring {
 
     /// The ring's descriptor, for messages from other rings.
     pub(crate) fn ring_fd(&self) -> RawFd {
-        // SAFETY: the ring lives until `drop`.
-        unsafe { (*self.ring).as_raw_fd() }
+        self.ring.as_raw_fd()
     }
 
     /// Whether this process made the ring, rather than inheriting it by fork(2).
@@ -234,18 +230,13 @@ impl Uring {
     /// Whether an SQE waits to be submitted.
     #[inline]
     pub(crate) fn has_unsubmitted(&self) -> bool {
-        !self.sq.is_empty()
-    }
-
-    /// How many SQEs wait to be submitted.
-    pub(crate) fn unsubmitted(&self) -> usize {
-        self.sq.len()
+        self.queues.unsubmitted() > 0
     }
 
     /// Whether the kernel has completions that the next enter would post.
     #[inline]
     pub(crate) fn has_deferred(&self) -> bool {
-        self.sq.taskrun() || self.sq.cq_overflow()
+        self.queues.has_deferred()
     }
 
     /// Puts the operation into the submission queue, with a deadline `timeout` from its submission on if given.
@@ -254,7 +245,7 @@ impl Uring {
     ///
     /// The memory that `op` borrows and `*timeout` must stay valid and, where the operation writes, unaliased until the final
     /// CQE of `key` has been reaped, whatever happens to the borrowing frame.
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn prepare(
         &mut self,
         op: &mut Op<'_>,
@@ -293,17 +284,17 @@ impl Uring {
         };
         let entry = entry.user_data(key.0);
         match timeout {
-            None => self.push(&entry, counters),
+            None => self.push(entry, counters),
             Some(timeout) => {
-                if self.free() < 2 {
+                if self.queues.free() < 2 {
                     self.make_room(2, counters)?;
                 }
                 let timer = opcode::LinkTimeout::new(timeout)
                     .build()
                     .user_data(TAG_TIMER)
                     .flags(squeue::Flags::SKIP_SUCCESS);
-                self.push(&entry.flags(squeue::Flags::IO_LINK), counters)?;
-                self.push(&timer, counters)
+                self.push(entry.flags(squeue::Flags::IO_LINK), counters)?;
+                self.push(timer, counters)
             }
         }
     }
@@ -318,7 +309,7 @@ impl Uring {
             .build()
             .user_data(TAG_CANCEL)
             .flags(squeue::Flags::SKIP_SUCCESS);
-        self.push(&entry, counters)
+        self.push(entry, counters)
     }
 
     /// Posts a wake-up CQE in another ring. The message's own CQE bears `tag`.
@@ -331,7 +322,7 @@ impl Uring {
         let entry = opcode::MsgRingData::new(types::Fd(ring_fd), 0, TAG_WAKE, None)
             .build()
             .user_data(tag);
-        self.push(&entry, counters)
+        self.push(entry, counters)
     }
 
     /// Watches an eventfd: every write to it posts a wake-up CQE. It needs no memory of ours, unlike a read of the counter.
@@ -344,7 +335,7 @@ impl Uring {
             .multi(true)
             .build()
             .user_data(TAG_EVENTFD);
-        self.push(&entry, counters)
+        self.push(entry, counters)
     }
 
     /// Wakes the next waiting enter after `duration` at the latest.
@@ -358,48 +349,46 @@ impl Uring {
         counters: &mut Counters,
     ) -> std::result::Result<(), Full> {
         let entry = opcode::Timeout::new(duration).build().user_data(TAG_TIMER);
-        self.push(&entry, counters)
+        self.push(entry, counters)
     }
 
-    fn free(&self) -> usize {
-        self.sq.capacity() - self.sq.len()
-    }
-
-    #[inline]
+    #[inline(always)]
     fn push(
         &mut self,
-        entry: &squeue::Entry,
+        entry: squeue::Entry,
         counters: &mut Counters,
     ) -> std::result::Result<(), Full> {
-        if self.sq.is_full() {
+        if self.queues.free() == 0 {
             self.make_room(1, counters)?;
         }
-        // SAFETY: room was made above, so the push succeeds. The memory the entry names is kept as the caller of `prepare`
-        // promised; the other entries name none, or constants.
-        if unsafe { self.sq.push(entry) }.is_err() {
-            return Err(Full);
-        }
-        counters.sqes += 1;
+        // SAFETY: room was made above. The memory the entry names is kept as the caller of `prepare` promised; the other
+        // entries name none, or memory their makers keep.
+        unsafe { self.queues.push(entry) };
         Ok(())
     }
 
     /// Submits without waiting, so that `wanted` entries fit.
     #[cold]
-    fn make_room(&mut self, wanted: usize, counters: &mut Counters) -> std::result::Result<(), Full> {
+    #[inline(never)]
+    fn make_room(&mut self, wanted: u32, counters: &mut Counters) -> std::result::Result<(), Full> {
         counters.sq_full += 1;
         self.enter(false, counters);
-        if self.free() < wanted { Err(Full) } else { Ok(()) }
+        if self.queues.free() < wanted {
+            Err(Full)
+        } else {
+            Ok(())
+        }
     }
 
     /// Submits everything and, with `wait`, blocks until there is at least one CQE to reap (or memory is so short that the
     /// caller should look after its other work first).
     pub(crate) fn enter(&mut self, wait: bool, counters: &mut Counters) {
         loop {
-            self.sq.sync();
-            let to_submit = self.sq.len();
+            self.queues.publish();
+            let to_submit = self.queues.unsubmitted();
             if wait {
-                self.cq.sync();
-                if !self.cq.is_empty() && to_submit == 0 && !self.has_deferred() {
+                self.collect(counters);
+                if self.queues.completed() > 0 && to_submit == 0 && !self.has_deferred() {
                     return;
                 }
             }
@@ -412,7 +401,7 @@ impl Uring {
                 libc::syscall(
                     libc::SYS_io_uring_enter,
                     self.enter_fd,
-                    to_submit as u32,
+                    to_submit,
                     min_complete,
                     flags,
                     std::ptr::null::<libc::sigset_t>(),
@@ -420,19 +409,20 @@ impl Uring {
                 )
             };
             let errno = if returned < 0 { sys::errno() } else { 0 };
-            self.sq.sync();
-            self.cq.sync();
+            self.queues.publish();
+            self.collect(counters);
             match errno {
                 0 => {
+                    counters.sqes += returned as u64;
                     self.nap = Duration::ZERO;
                     // A short submit (the kernel was out of requests) does not wait: come again for the rest.
-                    if !wait || !self.cq.is_empty() {
+                    if !wait || self.queues.completed() > 0 {
                         return;
                     }
                 }
                 libc::EINTR => {
                     counters.enters_interrupted += 1;
-                    if !wait || !self.cq.is_empty() {
+                    if !wait || self.queues.completed() > 0 {
                         return;
                     }
                 }
@@ -440,7 +430,7 @@ impl Uring {
                     // Out of requests, or the CQ overflowed and wants reaping. What is reapable goes first; with nothing to
                     // reap, only time helps.
                     counters.enters_refused += 1;
-                    if !self.cq.is_empty() {
+                    if self.queues.completed() > 0 {
                         return;
                     }
                     self.nap = (self.nap * 2).clamp(Duration::from_millis(1), ENTER_NAP_MAX);
@@ -460,49 +450,34 @@ impl Uring {
         }
     }
 
-    /// The next CQE: its `user_data` and its result.
-    #[inline]
-    pub(crate) fn next(&mut self, counters: &mut Counters) -> Option<(u64, Completion)> {
-        let entry = match self.cq.next() {
-            Some(entry) => entry,
-            None => {
-                if self.sq.cq_overflow() {
-                    counters.cq_overflows += 1;
-                }
-                self.cq.sync();
-                self.cq.next()?
-            }
-        };
-        counters.cqes += 1;
-        Some((
-            entry.user_data(),
-            Completion {
-                res: entry.result(),
-                flags: entry.flags(),
-            },
-        ))
+    fn collect(&mut self, counters: &mut Counters) {
+        counters.cq_overflows += u64::from(self.queues.has_overflown());
+        counters.cqes += u64::from(self.queues.collect());
     }
 
-    /// Whether another CQE is at hand without entering.
-    #[inline]
-    pub(crate) fn has_next(&self) -> bool {
-        !self.cq.is_empty()
+    /// The next CQE: its `user_data` and its result.
+    #[inline(always)]
+    pub(crate) fn next(&mut self, counters: &mut Counters) -> Option<(u64, Completion)> {
+        let next = self.queues.next();
+        if next.is_some() {
+            return next;
+        }
+        self.collect(counters);
+        self.queues.next()
     }
 }
 
 impl Drop for Uring {
     fn drop(&mut self) {
-        // SAFETY: neither queue is used again; both borrow the ring, which is freed below.
-        unsafe {
-            ManuallyDrop::drop(&mut self.sq);
-            ManuallyDrop::drop(&mut self.cq);
-        }
         if self.is_ours() {
-            // SAFETY: made by Box::into_raw in `new`, and freed once, here.
-            drop(unsafe { Box::from_raw(self.ring) });
+            // SAFETY: both are dropped here, once, and not used again.
+            unsafe {
+                self.queues.unmap();
+                ManuallyDrop::drop(&mut self.ring);
+            }
         } else {
             // In a forked child the queues are not mapped (DONTFORK): unmapping their addresses could hit something newer.
-            // Only the descriptor is ours to close; the box is leaked, once per inherited ring.
+            // Only the descriptor is ours to close.
             sys::close(self.ring_fd());
         }
     }
@@ -552,7 +527,9 @@ fn probe(ring: &IoUring, features: &mut Features) -> Result<()> {
     let rows = OPS.iter().map(|row| (row.name, row.opcode, row.since));
     for (name, code, since) in rows.chain(engine) {
         if !probe.is_supported(code) {
-            return Err(features::too_old(&format!("IORING_OP_{name} (Linux {since})")));
+            return Err(features::too_old(&format!(
+                "IORING_OP_{name} (Linux {since})"
+            )));
         }
         features.on(name, "operation");
     }
@@ -561,7 +538,10 @@ fn probe(ring: &IoUring, features: &mut Features) -> Result<()> {
         return Err(features::too_old("lossless linked timeouts"));
     }
     let params = ring.params();
-    if !params.is_feature_nodrop() || !params.is_feature_fast_poll() || !params.is_feature_skip_cqe_on_success() {
+    if !params.is_feature_nodrop()
+        || !params.is_feature_fast_poll()
+        || !params.is_feature_skip_cqe_on_success()
+    {
         return Err(features::too_old("NODROP, FAST_POLL or CQE_SKIP"));
     }
     Ok(())

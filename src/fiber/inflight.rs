@@ -52,7 +52,7 @@ pub(crate) struct InFlight {
     closed: AtomicBool,
     /// The owner's id, 0 while there is none.
     owner: AtomicU32,
-    /// Keys of the owner's operations, by direction; 0 is none. Written by the owner's thread only.
+    /// Keys of the owner's operations, by direction, or NONE. Written by the owner's thread only.
     keys: [AtomicU64; 2],
     owner_remote: OnceLock<Arc<Remote>>,
     rest: Mutex<Rest>,
@@ -71,7 +71,7 @@ impl InFlight {
         InFlight {
             closed: AtomicBool::new(false),
             owner: AtomicU32::new(0),
-            keys: [AtomicU64::new(0), AtomicU64::new(0)],
+            keys: [AtomicU64::new(Key::NONE.0), AtomicU64::new(Key::NONE.0)],
             owner_remote: OnceLock::new(),
             rest: Mutex::new(Rest {
                 others: Vec::new(),
@@ -91,10 +91,12 @@ impl InFlight {
     }
 
     /// Registers a worker's operation, before its submission.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn enter(&self, worker: &Worker, key: Key, direction: Direction) -> Place {
         let field = &self.keys[direction as usize];
-        if self.owner.load(Ordering::Relaxed) == worker.id() && field.load(Ordering::Relaxed) == 0 {
+        if self.owner.load(Ordering::Relaxed) == worker.id()
+            && field.load(Ordering::Relaxed) == Key::NONE.0
+        {
             field.store(key.0, Ordering::Relaxed);
             return Place::Owner;
         }
@@ -102,6 +104,7 @@ impl InFlight {
     }
 
     #[cold]
+    #[inline(never)]
     fn enter_rest(&self, worker: &Worker, key: Key, direction: Direction) -> Place {
         {
             // Under the lock, so that a closer either finds the owner or has buried the descriptor before this submission.
@@ -123,10 +126,10 @@ impl InFlight {
     }
 
     /// The operation has completed.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn leave(&self, worker: &Worker, place: Place, key: Key, direction: Direction) {
         if place == Place::Owner {
-            self.keys[direction as usize].store(0, Ordering::Relaxed);
+            self.keys[direction as usize].store(Key::NONE.0, Ordering::Relaxed);
             if self.is_closed() {
                 self.owner_left();
             }
@@ -137,6 +140,7 @@ impl InFlight {
 
     /// The operation of [`enter_other`](InFlight::enter_other) has completed.
     #[cold]
+    #[inline(never)]
     pub(crate) fn leave_other(&self, remote: &Arc<Remote>, key: Key) {
         let mut rest = self.rest();
         // Keys are unique to a ring only.
@@ -152,8 +156,13 @@ impl InFlight {
 
     /// On the owner's thread, after a close: done once both fields are empty.
     #[cold]
+    #[inline(never)]
     fn owner_left(&self) {
-        if self.keys.iter().all(|key| key.load(Ordering::Relaxed) == 0) {
+        if self
+            .keys
+            .iter()
+            .all(|key| key.load(Ordering::Relaxed) == Key::NONE.0)
+        {
             let mut rest = self.rest();
             rest.owner_pending = false;
             self.tell_closers(rest);
@@ -171,10 +180,7 @@ impl InFlight {
     /// On the owner's thread: cancels what is in flight there.
     fn cancel_own(&self, worker: &Worker) {
         for key in &self.keys {
-            match key.load(Ordering::Relaxed) {
-                0 => {}
-                key => worker.cancel(Key(key)),
-            }
+            worker.cancel(Key(key.load(Ordering::Relaxed)));
         }
         self.owner_left();
     }

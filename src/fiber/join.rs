@@ -37,7 +37,10 @@ impl JoinError {
 impl fmt::Debug for JoinError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            JoinError::Panic(payload) => f.debug_tuple("Panic").field(&panic_text(&**payload)).finish(),
+            JoinError::Panic(payload) => f
+                .debug_tuple("Panic")
+                .field(&panic_text(&**payload))
+                .finish(),
             JoinError::Shutdown => f.write_str("Shutdown"),
             JoinError::Interrupted(error) => f.debug_tuple("Interrupted").field(error).finish(),
         }
@@ -47,9 +50,13 @@ impl fmt::Debug for JoinError {
 impl fmt::Display for JoinError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            JoinError::Panic(payload) => write!(f, "the fiber panicked: {}", panic_text(&**payload)),
+            JoinError::Panic(payload) => {
+                write!(f, "the fiber panicked: {}", panic_text(&**payload))
+            }
             JoinError::Shutdown => f.write_str("the runtime ended before the fiber did"),
-            JoinError::Interrupted(error) => write!(f, "waiting for the fiber was interrupted: {error}"),
+            JoinError::Interrupted(error) => {
+                write!(f, "waiting for the fiber was interrupted: {error}")
+            }
         }
     }
 }
@@ -292,7 +299,8 @@ where
 {
     let abandon: Arc<dyn Abandon> = packet.clone();
     let for_root = packet.clone();
-    let fiber: FiberRef = super::create(worker, name, Some(abandon), move || root(main, &for_root))?;
+    let fiber: FiberRef =
+        super::create(worker, name, Some(abandon), move || root(main, &for_root))?;
     let cancelled = {
         let mut state = packet.lock();
         state.fiber = Some((fiber.slot, fiber.id));
@@ -350,7 +358,9 @@ impl Builder {
         T: 'static,
     {
         let Some((worker, _)) = current() else {
-            panic!("spawn works in a fiber only: enter one with ringsock::run, or use Handle::spawn");
+            panic!(
+                "spawn works in a fiber only: enter one with ringsock::run, or use Handle::spawn"
+            );
         };
         if !worker.has_room() {
             return Err(no_room(worker.fibers_max()));

@@ -85,7 +85,8 @@ fn install_handlers() {
             // SAFETY: zeroed is a valid sigaction; the handler has the signature SA_SIGINFO asks for and is async-signal-safe.
             unsafe {
                 let action = &mut *action.as_mut_ptr();
-                let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = handle;
+                let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
+                    handle;
                 action.sa_sigaction = handler as usize;
                 action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
                 libc::sigemptyset(&mut action.sa_mask);
@@ -109,7 +110,10 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *
             b"ringsock: fiber '",
             fiber.name().unwrap_or("unnamed").as_bytes(),
             b"' overflowed its stack of ",
-            decimal(((fiber.top - fiber.limit - GUARD_BYTES) / 1024) as u64, &mut [0; 20]),
+            decimal(
+                ((fiber.top - fiber.limit - GUARD_BYTES) / 1024) as u64,
+                &mut [0; 20],
+            ),
             b" KiB: use less stack, or ask for more with Builder::stack_size\n",
         ]);
         // SAFETY: abort is async-signal-safe.

@@ -24,8 +24,14 @@ use crate::sys;
 /// Wakes one waiter, once.
 #[derive(Clone)]
 pub(crate) enum Waker {
-    Fiber { remote: Arc<Remote>, key: Key },
-    Thread { thread: Thread, woken: Arc<AtomicBool> },
+    Fiber {
+        remote: Arc<Remote>,
+        key: Key,
+    },
+    Thread {
+        thread: Thread,
+        woken: Arc<AtomicBool>,
+    },
 }
 
 impl Waker {

@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use super::remote::{Control, Mailbox, Remote, Spawn};
 use super::stack::StackPool;
-use super::{FiberRef, State, interrupt};
+use super::{DriverCell, FiberRef, State, interrupt};
 use crate::driver::features::Features;
 use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Waiter};
 use crate::error::{Error, Result};
@@ -37,7 +37,7 @@ use crate::log::log;
 use crate::metrics::Counts;
 use crate::sys;
 
-/// How many plain sends a fiber may make without going through the ring, so that the others get their turn.
+/// How many plain sends a fiber may make before it has to go through the ring, so that the others get a turn.
 const DIRECT_CALLS_MAX: u32 = 16;
 
 /// A worker that never waits publishes its counters once in so many turns.
@@ -61,7 +61,7 @@ enum Phase {
 
 /// See the module's documentation.
 pub(crate) struct Worker {
-    pub(super) driver: RefCell<Driver>,
+    pub(super) driver: DriverCell,
     current: Cell<Option<FiberRef>>,
     ready: RefCell<VecDeque<FiberRef>>,
     /// Cancels that found the submission queue full.
@@ -88,7 +88,7 @@ impl Worker {
         let bell = driver.bell(true)?;
         let (remote, mailbox) = Remote::new(bell, limits.spawns_max);
         Ok(Worker {
-            driver: RefCell::new(driver),
+            driver: DriverCell::new(driver),
             current: Cell::new(None),
             ready: RefCell::new(VecDeque::new()),
             cancels: RefCell::new(Vec::new()),
@@ -135,7 +135,7 @@ impl Worker {
 
     /// What the worker's ring found the kernel to offer.
     pub(crate) fn features(&self) -> Features {
-        self.driver.borrow().features().clone()
+        self.driver.with(|driver| driver.features().clone())
     }
 
     /// Whether this process made the worker, rather than inheriting it by fork(2).
@@ -145,27 +145,25 @@ impl Worker {
     }
 
     pub(crate) fn now_ns(&self) -> i64 {
-        self.driver.borrow().now_ns()
+        self.driver.with(|driver| driver.now_ns())
     }
 
     /// Runs `op` without waiting.
+    #[inline(always)]
     pub(super) fn attempt(&self, op: &mut Op<'_>) -> i32 {
-        self.driver.borrow_mut().attempt(op)
+        self.driver.with(|driver| driver.attempt(op))
     }
 
-    /// Runs `op` without waiting if nothing else is on its way to the kernel, so that a trip through the ring would carry this
-    /// operation alone: `None` if it has to go through the ring.
-    #[inline]
-    pub(crate) fn attempt_if_quiet(&self, op: &mut Op<'_>) -> Option<i32> {
-        if self.direct_calls.get() >= DIRECT_CALLS_MAX || !self.ready.borrow().is_empty() {
+    /// Runs `op` as a plain call that does not wait; `None` if it would have to, or if the fiber has made so many of them since
+    /// it was switched in that the others should get a turn.
+    #[inline(always)]
+    pub(crate) fn attempt_directly(&self, op: &mut Op<'_>) -> Option<i32> {
+        let calls = self.direct_calls.get();
+        if calls >= DIRECT_CALLS_MAX {
             return None;
         }
-        let mut driver = self.driver.borrow_mut();
-        if !driver.is_quiet() {
-            return None;
-        }
-        self.direct_calls.set(self.direct_calls.get() + 1);
-        match driver.attempt(op) {
+        self.direct_calls.set(calls + 1);
+        match self.attempt(op) {
             code if code == -libc::EAGAIN => None,
             result => Some(result),
         }
@@ -175,7 +173,8 @@ impl Worker {
 
     pub(super) fn register(&self, fiber: FiberRef) -> u32 {
         self.live.set(self.live.get() + 1);
-        self.driver.borrow_mut().slots().register(fiber.waiter())
+        self.driver
+            .with(|driver| driver.slots().register(fiber.waiter()))
     }
 
     pub(super) fn next_fiber_id(&self) -> u64 {
@@ -211,10 +210,11 @@ impl Worker {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn resume(&self, fiber: FiberRef) {
         fiber.state.set(State::Running);
         self.current.set(Some(fiber));
+        self.direct_calls.set(0);
         self.switches.set(self.switches.get() + 1);
         let ended = fiber.resume();
         self.current.set(None);
@@ -223,15 +223,17 @@ impl Worker {
         }
     }
 
+    #[inline(never)]
     fn retire(&self, fiber: FiberRef) {
-        self.driver.borrow_mut().slots().unregister(fiber.slot);
+        self.driver
+            .with(|driver| driver.slots().unregister(fiber.slot));
         let stack = super::destroy(fiber);
         self.stacks.borrow_mut().give(stack);
         self.live.set(self.live.get() - 1);
     }
 
     /// Hands a completion to its fiber and runs it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn deliver(&self, waiter: Waiter, completion: Completion) {
         let fiber = FiberRef::from_waiter(waiter);
         debug_assert_eq!(fiber.state.get(), State::InOperation);
@@ -243,51 +245,44 @@ impl Worker {
 
     pub(super) fn begin_wait(&self, fiber: FiberRef) -> Key {
         fiber.woken.set(false);
-        self.driver.borrow_mut().slots().begin(fiber.slot)
+        self.driver.with(|driver| driver.slots().begin(fiber.slot))
     }
 
     pub(super) fn end_wait(&self, key: Key) {
-        let mut driver = self.driver.borrow_mut();
-        if driver.slots().is_waiting(key) {
-            driver.slots().abandon(key);
-        }
+        self.driver.with(|driver| {
+            if driver.slots().is_waiting(key) {
+                driver.slots().abandon(key);
+            }
+        });
     }
 
     pub(super) fn is_waiting(&self, key: Key) -> bool {
-        self.driver.borrow_mut().slots().is_waiting(key)
+        self.driver.with(|driver| driver.slots().is_waiting(key))
     }
 
     /// Wakes the fiber that waits under `key`, or will.
     pub(super) fn wake(&self, key: Key) {
-        let mut driver = self.driver.borrow_mut();
-        let slots = driver.slots();
-        if !slots.is_waiting(key) {
-            return;
-        }
-        let Some(waiter) = slots.waiter_of(key) else {
+        let waiter = self.driver.with(|driver| driver.slots().waiter_of(key));
+        let Some(waiter) = waiter else {
             return;
         };
         let fiber = FiberRef::from_waiter(waiter);
         fiber.woken.set(true);
         match fiber.state.get() {
             // Its timer is on the ring: the timer's CQE resumes it.
-            State::InOperation => {
-                drop(driver);
-                self.cancel(key);
-            }
+            State::InOperation => self.cancel(key),
             State::Parked => {
-                slots.abandon(key);
-                drop(driver);
+                self.end_wait(key);
                 self.make_ready(fiber);
             }
             // Not parked yet: `park` finds the key taken back and does not wait.
-            State::Ready | State::Running | State::Lost => slots.abandon(key),
+            State::Ready | State::Running | State::Lost => self.end_wait(key),
         }
     }
 
     /// Cancels the operation `key` of this worker.
     pub(super) fn cancel(&self, key: Key) {
-        if let Err(Full) = self.driver.borrow_mut().cancel(key) {
+        if let Err(Full) = self.driver.with(|driver| driver.cancel(key)) {
             self.cancels.borrow_mut().push(key);
         }
     }
@@ -307,7 +302,7 @@ impl Worker {
 
     /// Cancels the fiber `id` if it still lives in `slot`.
     pub(super) fn cancel_fiber(&self, slot: u32, id: u64) {
-        let waiter = self.driver.borrow_mut().slots().waiter(slot);
+        let waiter = self.driver.with(|driver| driver.slots().waiter(slot));
         if let Some(waiter) = waiter {
             let fiber = FiberRef::from_waiter(waiter);
             if fiber.id == id {
@@ -318,7 +313,7 @@ impl Worker {
 
     /// Rings another's bell by a message from this worker's ring: false if that did not work.
     pub(super) fn ring(&self, bell: &Arc<Bell>) -> bool {
-        self.driver.borrow_mut().ring(bell)
+        self.driver.with(|driver| driver.ring(bell))
     }
 
     // The loop.
@@ -347,7 +342,7 @@ impl Worker {
     }
 
     fn interrupt_all(&self, reasons: u8) {
-        let waiters: Vec<Waiter> = self.driver.borrow_mut().slots().waiters().collect();
+        let waiters: Vec<Waiter> = self.waiters();
         for waiter in waiters {
             self.interrupt(FiberRef::from_waiter(waiter), reasons);
         }
@@ -371,7 +366,9 @@ impl Worker {
         match self.phase.get() {
             Phase::Unwinding { .. } => true,
             _ => {
-                let give_up_at_ns = self.now_ns().saturating_add(self.grace_ns().max(1_000_000_000));
+                let give_up_at_ns = self
+                    .now_ns()
+                    .saturating_add(self.grace_ns().max(1_000_000_000));
                 self.phase.set(Phase::Unwinding { give_up_at_ns });
                 self.interrupt_all(interrupt::SHUTDOWN | interrupt::UNWIND);
                 false
@@ -386,32 +383,27 @@ impl Worker {
             let Some(fiber) = self.ready.borrow_mut().pop_front() else {
                 break;
             };
-            self.direct_calls.set(0);
             self.resume(fiber);
         }
         self.retry_cancels();
         let idle = self.ready.borrow().is_empty() && !self.is_over();
-        {
-            let mut driver = self.driver.borrow_mut();
-            if idle && self.remote.fall_asleep(&self.mailbox, self.has_room()) {
-                self.publish(&mut driver);
-                driver.enter(true);
-                self.remote.wake_up();
-            } else if driver.has_work() {
-                driver.enter(false);
-            }
+        if idle && self.remote.fall_asleep(&self.mailbox, self.has_room()) {
+            self.publish();
+            self.driver.with(|driver| driver.enter(true));
+            self.remote.wake_up();
+        } else {
+            self.driver.with(|driver| {
+                if driver.has_work() {
+                    driver.enter(false);
+                }
+            });
         }
-        loop {
-            let next = self.driver.borrow_mut().next();
-            let Some((waiter, completion)) = next else {
-                break;
-            };
-            self.direct_calls.set(0);
+        while let Some((waiter, completion)) = self.driver.with(|driver| driver.next()) {
             self.deliver(waiter, completion);
         }
         self.turns.set(self.turns.get() + 1);
         if self.turns.get() % PUBLISH_TURNS == 0 {
-            self.publish(&mut self.driver.borrow_mut());
+            self.publish();
         }
     }
 
@@ -450,17 +442,25 @@ impl Worker {
     }
 
     /// Copies the counters to where other threads read them.
-    fn publish(&self, driver: &mut Driver) {
-        let in_flight = driver.slots().waiting();
-        let unknown = driver.slots().unknown();
+    fn publish(&self) {
+        let (counters, in_flight, unknown) = self.driver.with(|driver| {
+            let counters = driver.counters();
+            let slots = driver.slots();
+            (counters, slots.waiting(), slots.unknown())
+        });
         self.counts.publish(
-            &driver.counters(),
+            &counters,
             self.switches.get(),
             self.spawned.get(),
             self.live.get(),
             in_flight,
             unknown,
         );
+    }
+
+    fn waiters(&self) -> Vec<Waiter> {
+        self.driver
+            .with(|driver| driver.slots().waiters().collect())
     }
 
     /// The last steps: no fiber runs any more.
@@ -471,7 +471,7 @@ impl Worker {
             log(format_args!(
                 "{lost} fibers could not be ended at shutdown; they keep their stacks until the process ends"
             ));
-            let waiters: Vec<Waiter> = self.driver.borrow_mut().slots().waiters().collect();
+            let waiters: Vec<Waiter> = self.waiters();
             for waiter in waiters {
                 let fiber = FiberRef::from_waiter(waiter);
                 if fiber.state.get() != State::Lost {
@@ -484,9 +484,9 @@ impl Worker {
         while let Ok(spawn) = self.mailbox.spawns.try_recv() {
             drop::<Spawn>(spawn);
         }
-        self.driver.borrow_mut().close_bell();
+        self.driver.with(|driver| driver.close_bell());
         self.counts.lost(lost);
-        self.publish(&mut self.driver.borrow_mut());
+        self.publish();
     }
 }
 

@@ -46,7 +46,10 @@ fn simulate<T: 'static>(
     let metrics = counts.snapshot();
     assert_eq!(metrics.fibers_live, 0, "seed {seed}: fibers left");
     assert_eq!(metrics.in_flight, 0, "seed {seed}: operations left");
-    assert_eq!(metrics.cqes_unknown, 0, "seed {seed}: a completion found nobody");
+    assert_eq!(
+        metrics.cqes_unknown, 0,
+        "seed {seed}: a completion found nobody"
+    );
     let result = main
         .join()
         .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
@@ -61,7 +64,11 @@ fn bytes(random: &mut Random, most: usize) -> Vec<u8> {
 }
 
 /// Receives with random buffers and deadlines until the end of the stream, whatever times out or is cut short.
-fn receive_all(socket: &Socket, random: &mut Random, timeout_ns: &mut dyn FnMut() -> i64) -> Result<Vec<u8>> {
+fn receive_all(
+    socket: &Socket,
+    random: &mut Random,
+    timeout_ns: &mut dyn FnMut() -> i64,
+) -> Result<Vec<u8>> {
     let mut received = Vec::new();
     loop {
         socket.set_timeout_ns(timeout_ns());
@@ -129,7 +136,11 @@ fn sendall_sends_all_or_a_prefix_by_its_deadline() {
             let fd = world.borrow_mut().stream(&[]);
             let socket = Socket::simulated(fd);
             let blocking = random.one_in(3);
-            let limit_ns = if blocking { -1 } else { 1 + random.below(60_000) as i64 };
+            let limit_ns = if blocking {
+                -1
+            } else {
+                1 + random.below(60_000) as i64
+            };
             socket.set_timeout_ns(limit_ns);
             let before_ns = world.borrow().now_ns;
             let result = socket.sendall(&data);
@@ -138,16 +149,28 @@ fn sendall_sends_all_or_a_prefix_by_its_deadline() {
             match &result {
                 Ok(()) => assert_eq!(*taken, data, "seed {seed}"),
                 Err(error) => {
-                    assert!(*error == Error::Timeout && !blocking, "seed {seed}: {error}");
-                    assert!(world.now_ns - before_ns >= limit_ns, "seed {seed}: too early");
-                    assert!(data.starts_with(taken), "seed {seed}: a hole in what was sent");
+                    assert!(
+                        *error == Error::Timeout && !blocking,
+                        "seed {seed}: {error}"
+                    );
+                    assert!(
+                        world.now_ns - before_ns >= limit_ns,
+                        "seed {seed}: too early"
+                    );
+                    assert!(
+                        data.starts_with(taken),
+                        "seed {seed}: a hole in what was sent"
+                    );
                 }
             }
             usize::from(result.is_err())
         });
         outcomes[timed_out] += 1;
     }
-    assert!(outcomes.iter().all(|count| *count > SEEDS / 20), "both outcomes occur: {outcomes:?}");
+    assert!(
+        outcomes.iter().all(|count| *count > SEEDS / 20),
+        "both outcomes occur: {outcomes:?}"
+    );
 }
 
 #[test]
@@ -168,7 +191,11 @@ fn every_connection_at_the_deadline_is_accepted_once() {
             }
             accepted.sort_unstable();
             accepted.dedup();
-            assert_eq!(accepted.len(), connections, "seed {seed}: a descriptor came twice");
+            assert_eq!(
+                accepted.len(),
+                connections,
+                "seed {seed}: a descriptor came twice"
+            );
             let world = world.borrow();
             assert_eq!(world.peers[&fd].accepted, connections, "seed {seed}");
         });

@@ -158,7 +158,11 @@ impl StackPool {
 
     #[cold]
     fn fresh(&mut self) -> Result<FiberStack> {
-        if self.chunks.last().is_none_or(|chunk| chunk.used == chunk.stacks) {
+        if self
+            .chunks
+            .last()
+            .is_none_or(|chunk| chunk.used == chunk.stacks)
+        {
             let stacks = self
                 .chunks
                 .last()

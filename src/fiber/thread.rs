@@ -13,7 +13,7 @@ use super::inflight::{Direction, InFlight};
 use super::outcome;
 use super::remote::{Control, Mailbox, Remote};
 use crate::driver::op::timespec_from_ns;
-use crate::driver::{Bell, Completion, Config, Driver, Full, Op};
+use crate::driver::{Bell, Completion, Config, Driver, Full, Op, Waiter};
 use crate::error::Result;
 use crate::sys;
 
@@ -56,7 +56,7 @@ impl ThreadRing {
         let mut driver = Driver::uring(Config::thread())?;
         let bell = driver.bell(false)?;
         let (remote, mailbox) = Remote::new(bell, 0);
-        let slot = driver.slots().register(0);
+        let slot = driver.slots().register(Waiter::MIN);
         Ok(Box::new(ThreadRing {
             driver,
             slot,
@@ -74,7 +74,7 @@ impl ThreadRing {
     ) -> Option<i32> {
         let timer = timespec_from_ns(timeout_ns.max(0));
         let timeout = (timeout_ns >= 0).then_some(&timer);
-        let submitted_before = self.driver.submitted();
+        let submitted_before = self.driver.counters().sqes;
         let key = self.driver.slots().begin(self.slot);
         // SAFETY: `op`'s memory and `timer` stay borrowed by this frame, which ends only after the key's final CQE, or with the
         // ring that never submitted it.
@@ -82,7 +82,7 @@ impl ThreadRing {
             self.driver.enter(false);
             while self.driver.next().is_some() {}
         }
-        let abort = super::AbortOnUnwind("a thread was unwound while the kernel had its memory");
+        let abort = super::AbortOnUnwind;
         if let Some((inflight, _)) = target {
             inflight.enter_other(&self.remote, key);
         }
@@ -115,7 +115,7 @@ impl ThreadRing {
                 self.remote.wake_up();
             }
             let refused = self.driver.counters().enters_refused - refused_before;
-            if refused >= ENTERS_REFUSED_MAX && self.driver.submitted() == submitted_before {
+            if refused >= ENTERS_REFUSED_MAX && self.driver.counters().sqes == submitted_before {
                 return None;
             }
         }
@@ -159,6 +159,7 @@ pub(super) fn ring(bell: &Arc<Bell>) {
 
 /// Runs `op` on this thread: see [`suspend`](super::suspend).
 #[cold]
+#[inline(never)]
 pub(super) fn block(
     op: &mut Op<'_>,
     timeout_ns: i64,
@@ -187,7 +188,9 @@ pub(super) fn block(
         return res;
     }
     match -res {
-        libc::ECANCELED | libc::EINTR if target.is_some_and(|(inflight, _)| inflight.is_closed()) => {
+        libc::ECANCELED | libc::EINTR
+            if target.is_some_and(|(inflight, _)| inflight.is_closed()) =>
+        {
             -libc::EBADF
         }
         libc::ECANCELED | libc::EINTR if timeout_ns >= 0 => outcome::TIMED_OUT,

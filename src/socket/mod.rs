@@ -399,7 +399,9 @@ impl Socket {
             return Ok(Buf::default());
         }
         let mut bytes: Vec<u8> = Vec::new();
-        bytes.try_reserve_exact(bufsize).map_err(|_| Error::from_errno(libc::ENOMEM))?;
+        bytes
+            .try_reserve_exact(bufsize)
+            .map_err(|_| Error::from_errno(libc::ENOMEM))?;
         let received = self.recv_raw(&mut bytes.spare_capacity_mut()[..bufsize], flags)?;
         sys::set_received(&mut bytes, received);
         // Python's result owns no more than it shows; a mostly empty buffer is given back.
@@ -466,7 +468,6 @@ impl Socket {
         self.recv_raw(sys::as_uninit(&mut buffer[..nbytes]), flags)
     }
 
-    #[inline]
     fn recv_raw(&self, buffer: &mut [MaybeUninit<u8>], flags: MsgFlags) -> Result<usize> {
         if buffer.is_empty() {
             return Ok(0);
@@ -481,7 +482,8 @@ impl Socket {
         if flags & (libc::MSG_DONTWAIT | libc::MSG_ERRQUEUE) != 0 {
             return self.attempt(op);
         }
-        self.run(op, Direction::In).map(|received| received as usize)
+        self.run(op, Direction::In)
+            .map(|received| received as usize)
     }
 
     // Sending.
@@ -536,11 +538,25 @@ impl Socket {
             };
             return self.attempt(op);
         }
+        let mut op = Op::Send {
+            fd: self.0.fd,
+            buffer: bytes,
+            flags,
+        };
+        let mut sent = match fiber::attempt_directly(&mut op) {
+            Some(code) if code < 0 => return Err(error_from_outcome(code)),
+            sent => sent.unwrap_or(0) as usize,
+        };
         if timeout_ns > 0 {
-            return self.send_some(bytes, flags, timeout_ns);
+            return match sent {
+                0 => self.send_some(bytes, flags, timeout_ns),
+                sent => Ok(sent),
+            };
+        }
+        if sent > 0 && sent == bytes.len() {
+            return Ok(sent);
         }
         // Blocking mode: send(2) returns when all is queued, or with what was queued before an error.
-        let mut sent = 0;
         loop {
             match self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, BLOCKING) {
                 Ok(n) => sent += n,
@@ -595,6 +611,21 @@ impl Socket {
     #[inline]
     pub fn sendall_with(&self, bytes: &[u8], flags: MsgFlags) -> Result<()> {
         let flags = flags.bits();
+        let mut op = Op::Send {
+            fd: self.0.fd,
+            buffer: bytes,
+            flags,
+        };
+        // In any mode, what can be sent at once needs no waiting.
+        match fiber::attempt_directly(&mut op) {
+            Some(sent) if sent as usize == bytes.len() => Ok(()),
+            Some(code) if code < 0 => Err(error_from_outcome(code)),
+            sent => self.sendall_rest(&bytes[sent.unwrap_or(0) as usize..], flags),
+        }
+    }
+
+    #[inline(never)]
+    fn sendall_rest(&self, bytes: &[u8], flags: i32) -> Result<()> {
         let timeout_ns = self.timeout_ns();
         if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
             return self.sendall_non_blocking(bytes, flags);
@@ -643,7 +674,7 @@ impl Socket {
     }
 
     /// One send that waits: the bytes the kernel took.
-    #[inline]
+    #[inline(always)]
     fn send_some(&self, bytes: &[u8], flags: i32, timeout_ns: i64) -> Result<usize> {
         let mut op = Op::Send {
             fd: self.0.fd,
@@ -651,7 +682,7 @@ impl Socket {
             flags,
         };
         let target = Some((&self.0.inflight, Direction::Out));
-        match fiber::suspend_unless_done(&mut op, timeout_ns, target) {
+        match fiber::suspend(&mut op, timeout_ns, target) {
             sent if sent >= 0 => Ok(sent as usize),
             code => Err(error_from_outcome(code)),
         }
@@ -922,13 +953,11 @@ impl Socket {
     }
 
     /// The operation's result, waited for as the socket's mode says.
-    #[inline]
+    #[inline(always)]
     fn run(&self, mut op: Op<'_>, direction: Direction) -> Result<i32> {
         let code = match self.timeout_ns() {
             NON_BLOCKING => op.attempt(),
-            timeout_ns => {
-                fiber::suspend(&mut op, timeout_ns, Some((&self.0.inflight, direction)))
-            }
+            timeout_ns => fiber::suspend(&mut op, timeout_ns, Some((&self.0.inflight, direction))),
         };
         if code >= 0 {
             return Ok(code);
@@ -1022,7 +1051,11 @@ impl io::Write for Socket {
 /// Much as Python's repr: descriptor, family, type, protocol and, where there are any, addresses.
 impl fmt::Debug for Socket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let closed = if self.0.inflight.is_closed() { " [closed]" } else { "" };
+        let closed = if self.0.inflight.is_closed() {
+            " [closed]"
+        } else {
+            ""
+        };
         write!(
             f,
             "<ringsock.Socket{closed} fd={}, family={:?}, type={:?}, proto={}",
