@@ -26,7 +26,7 @@ use crate::constants::{
 use crate::driver::features::Features;
 use crate::driver::{Config, Driver};
 use crate::error::{Error, Result};
-use crate::fiber::join::{JoinError, JoinHandle, spawn, spawn_remote};
+use crate::fiber::join::{JoinError, JoinHandle, spawn_remote};
 use crate::fiber::overflow::SignalStack;
 use crate::fiber::remote::{Control, Remote};
 use crate::fiber::scheduler::{Limits, Worker};
@@ -519,7 +519,13 @@ impl Handle {
         let mut fibers = Vec::new();
         for (index, listener) in listeners.into_iter().enumerate() {
             let handler = handler.clone();
-            fibers.push(self.spawn_on(index, move || accept_all(&listener, &handler))?);
+            match self.spawn_on(index, move || accept_all(&listener, &handler)) {
+                Ok(fiber) => fibers.push(fiber),
+                Err(error) => {
+                    fibers.iter().for_each(JoinHandle::cancel);
+                    return Err(error);
+                }
+            }
         }
         Ok(Server { address, fibers })
     }
@@ -549,10 +555,16 @@ impl Handle {
             if family != AF_UNIX {
                 listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)?;
             }
-            if !shared {
+            // The first binds without SO_REUSEPORT, so that a port of another server is not shared with it unnoticed; it takes
+            // the option before the others bind.
+            let first = listeners.is_empty();
+            if !shared && !first {
                 listener.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)?;
             }
             listener.bind(&address)?;
+            if !shared && first {
+                listener.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)?;
+            }
             listener.listen(SERVE_BACKLOG)?;
             // The others share the port that the first was given.
             address = listener.getsockname()?;
@@ -632,36 +644,40 @@ where
 {
     let start = |(conn, peer): (Socket, Address)| {
         let handler = handler.clone();
-        spawn(move || drop(handler(conn, peer)));
+        fiber::join::spawn_when_possible(move || drop(handler(conn, peer)))
     };
     let mut back_off = Duration::ZERO;
     loop {
-        match listener.accept() {
-            Ok(accepted) => {
+        let error = match listener.accept().and_then(&start) {
+            Ok(()) => {
                 back_off = Duration::ZERO;
-                start(accepted);
+                continue;
             }
-            Err(Error::Cancelled | Error::Shutdown) => break,
-            Err(error) => match error.errno() {
-                Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP) => return,
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-                    if back_off.is_zero() {
-                        report_shortage(&error);
-                    }
-                    back_off = (back_off * 2).clamp(BACK_OFF.0, BACK_OFF.1);
-                    if sleep(back_off).is_err() {
-                        break;
-                    }
-                }
-                // The connection broke before it was accepted (ECONNABORTED and accept(2)'s list of network errors).
-                _ => {}
-            },
+            Err(error) => error,
+        };
+        match (&error, error.errno()) {
+            (Error::Cancelled | Error::Shutdown, _) => break,
+            (_, Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP)) => return,
+            // The connection broke before it was accepted: accept(2)'s list.
+            (_, Some(libc::ECONNABORTED | libc::EPROTO | libc::ENETDOWN | libc::ENETUNREACH)) => {
+                continue;
+            }
+            (_, Some(libc::EHOSTDOWN | libc::EHOSTUNREACH | libc::ENONET | libc::ENOPROTOOPT)) => {
+                continue;
+            }
+            // Out of descriptors, out of memory, or something that only time can help.
+            _ => {}
+        }
+        if back_off.is_zero() {
+            report_shortage(&error);
+        }
+        back_off = (back_off * 2).clamp(BACK_OFF.0, BACK_OFF.1);
+        if sleep(back_off).is_err() {
+            break;
         }
     }
     if listener.settimeout(Timeout::from(0)).is_ok() {
-        while let Ok(accepted) = listener.accept() {
-            start(accepted);
-        }
+        while listener.accept().and_then(&start).is_ok() {}
     }
 }
 

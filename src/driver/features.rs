@@ -55,6 +55,7 @@ impl Features {
         self.rows.iter()
     }
 
+    #[cfg(test)]
     pub(crate) fn is_on(&self, name: &str) -> bool {
         self.rows.iter().any(|row| row.name == name && row.on)
     }

@@ -21,7 +21,7 @@
 //! # Waking a driver from another thread
 //!
 //! A driver that is about to wait is woken through its [`Bell`]: by a message from the ringing thread's own ring
-//! (`IORING_OP_MSG_RING`), or by an eventfd that worker rings watch. Who rings first makes sure there is something to find
+//! (`IORING_OP_MSG_RING`), or by an eventfd that the driver watches. Who rings first makes sure there is something to find
 //! (`fiber/remote.rs` has the protocol that loses no wake).
 
 pub(crate) mod features;
@@ -43,7 +43,7 @@ use crate::error::Result;
 use crate::sys;
 use ::slab::Slab;
 use features::Features;
-use slab::{Slots, TAG_EVENTFD, TAG_MESSAGE};
+use slab::{Slots, TAG_CANCEL, TAG_EVENTFD, TAG_MESSAGE, TAG_RETRY, TAG_TIMER};
 use uring::Uring;
 
 /// The size of a ring.
@@ -103,14 +103,10 @@ impl Bell {
         self.fds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Rings by the eventfd. False where the driver has none (a plain thread's) or is gone.
-    pub(crate) fn ring_by_eventfd(&self) -> bool {
-        match &self.lock().eventfd {
-            Some(eventfd) => {
-                sys::ring_eventfd(eventfd.as_raw_fd());
-                true
-            }
-            None => false,
+    /// Rings by the eventfd, unless the driver is gone.
+    pub(crate) fn ring_by_eventfd(&self) {
+        if let Some(eventfd) = &self.lock().eventfd {
+            sys::ring_eventfd(eventfd.as_raw_fd());
         }
     }
 
@@ -133,7 +129,18 @@ pub(crate) struct Driver {
     eventfd_unwatched: bool,
     /// Bells rung by message whose outcome is not known yet.
     messages: Slab<Arc<Bell>>,
+    /// Cancel requests whose outcome is not known yet.
+    cancels: Slab<Key>,
+    /// Operations that a cancel (or a connect's timer) did not find, though they go on: to be asked for again.
+    missed: Vec<Key>,
+    /// The tick that will ask is on its way.
+    retry_armed: bool,
+    /// What `tick` lends to the kernel.
+    tick: Box<Timespec>,
 }
+
+/// How long a cancel that missed waits before it is repeated.
+static CANCEL_RETRY: Timespec = Timespec::new().nsec(1_000_000);
 
 enum Backend {
     Uring(Uring),
@@ -151,6 +158,10 @@ impl Driver {
             eventfd: None,
             eventfd_unwatched: false,
             messages: Slab::new(),
+            cancels: Slab::new(),
+            missed: Vec::new(),
+            retry_armed: false,
+            tick: Box::new(Timespec::new()),
         })
     }
 
@@ -164,25 +175,27 @@ impl Driver {
             eventfd: None,
             eventfd_unwatched: false,
             messages: Slab::new(),
+            cancels: Slab::new(),
+            missed: Vec::new(),
+            retry_armed: false,
+            tick: Box::new(Timespec::new()),
         }
     }
 
-    /// The bell other threads wake this driver by. With `eventfd`, also threads without a ring can.
-    pub(crate) fn bell(&mut self, eventfd: bool) -> Result<Bell> {
+    /// The bell other threads wake this driver by.
+    pub(crate) fn bell(&mut self) -> Result<Bell> {
         let mut fds = BellFds {
             ring: None,
             eventfd: None,
         };
         match &mut self.backend {
             Backend::Uring(uring) => {
+                let eventfd = sys::eventfd()?;
+                let watched = uring.prepare_eventfd(eventfd.as_raw_fd(), &mut self.counters);
+                assert!(watched.is_ok(), "a new ring has room");
                 fds.ring = Some(uring.ring_fd());
-                if eventfd {
-                    let eventfd = sys::eventfd()?;
-                    let watched = uring.prepare_eventfd(eventfd.as_raw_fd(), &mut self.counters);
-                    assert!(watched.is_ok(), "a new ring has room");
-                    self.eventfd = Some(eventfd.as_raw_fd());
-                    fds.eventfd = Some(eventfd);
-                }
+                self.eventfd = Some(eventfd.as_raw_fd());
+                fds.eventfd = Some(eventfd);
             }
             #[cfg(test)]
             Backend::Scripted(_) => {}
@@ -268,7 +281,20 @@ impl Driver {
     ) -> std::result::Result<(), Full> {
         match &mut self.backend {
             // SAFETY: the caller's promise.
-            Backend::Uring(uring) => unsafe { uring.prepare(op, key, timeout, &mut self.counters) },
+            Backend::Uring(uring) => unsafe {
+                // A connect that the kernel keeps retrying can be missed by its timer as by a cancel (see `cancel`), so that
+                // timer's outcome is looked at.
+                let watch = matches!(op, Op::Connect { .. }) && timeout.is_some();
+                let tag = match watch {
+                    true => TAG_CANCEL | (self.cancels.insert(key) as u64) << 32,
+                    false => TAG_TIMER,
+                };
+                let prepared = uring.prepare(op, key, timeout, tag, &mut self.counters);
+                if watch && prepared.is_err() {
+                    self.cancels.remove((tag >> 32) as usize);
+                }
+                prepared
+            },
             #[cfg(test)]
             // SAFETY: the caller's promise.
             Backend::Scripted(script) => unsafe { script.prepare(op, key, timeout) },
@@ -277,14 +303,28 @@ impl Driver {
         Ok(())
     }
 
-    /// Asks for an early end of the operation `key`; its completion still comes. A full queue is made room in by reaping
-    /// first, so the request is tried again by the caller.
+    /// Asks for an early end of the operation `key`; its completion still comes.
+    ///
+    /// The kernel can miss an operation that it is just retrying (seen with connect on AF_UNIX: `-ENOENT`, and the operation
+    /// waited on), so the request is repeated until the operation has completed.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`]: not asked; reap and try again.
     pub(crate) fn cancel(&mut self, key: Key) -> std::result::Result<(), Full> {
         if !self.slots.is_waiting(key) {
             return Ok(());
         }
         match &mut self.backend {
-            Backend::Uring(uring) => uring.prepare_cancel(key, &mut self.counters),
+            Backend::Uring(uring) => {
+                let index = self.cancels.insert(key);
+                let tag = TAG_CANCEL | (index as u64) << 32;
+                let prepared = uring.prepare_cancel(key, tag, &mut self.counters);
+                if prepared.is_err() {
+                    self.cancels.remove(index);
+                }
+                prepared
+            }
             #[cfg(test)]
             Backend::Scripted(script) => {
                 script.cancel(key);
@@ -299,7 +339,7 @@ impl Driver {
             match &mut self.backend {
                 // A full queue keeps the watch: it borrows no memory, and closing the ring ends it too.
                 Backend::Uring(uring) => {
-                    let _ = uring.prepare_cancel(Key(TAG_EVENTFD), &mut self.counters);
+                    let _ = uring.prepare_cancel(Key(TAG_EVENTFD), TAG_TIMER, &mut self.counters);
                     uring.enter(false, &mut self.counters);
                 }
                 #[cfg(test)]
@@ -308,18 +348,18 @@ impl Driver {
         }
     }
 
-    /// Makes a waiting [`enter`](Driver::enter) return after `duration` at the latest.
-    ///
-    /// # Safety
-    ///
-    /// `*duration` must stay valid until the next enter.
+    /// Makes a waiting [`enter`](Driver::enter) return after `ns` at the latest, once.
     #[allow(unsafe_code)]
-    pub(crate) unsafe fn tick(&mut self, duration: &Timespec) -> std::result::Result<(), Full> {
+    pub(crate) fn tick(&mut self, ns: i64) {
+        *self.tick = op::timespec_from_ns(ns.max(0));
         match &mut self.backend {
-            // SAFETY: the caller's promise.
-            Backend::Uring(uring) => unsafe { uring.prepare_tick(duration, &mut self.counters) },
+            // SAFETY: the box lives as long as the ring. A full queue leaves no room after an enter only if the kernel takes
+            // nothing, and then enter does not wait either.
+            Backend::Uring(uring) => unsafe {
+                let _ = uring.prepare_tick(&self.tick, TAG_TIMER, &mut self.counters);
+            },
             #[cfg(test)]
-            Backend::Scripted(_) => Ok(()),
+            Backend::Scripted(_) => {}
         }
     }
 
@@ -332,6 +372,13 @@ impl Driver {
                 {
                     let watched = uring.prepare_eventfd(eventfd, &mut self.counters);
                     self.eventfd_unwatched = watched.is_err();
+                }
+                if !self.missed.is_empty() && !self.retry_armed {
+                    // SAFETY: the duration is a static.
+                    #[allow(unsafe_code)]
+                    let armed =
+                        unsafe { uring.prepare_tick(&CANCEL_RETRY, TAG_RETRY, &mut self.counters) };
+                    self.retry_armed = armed.is_ok();
                 }
                 uring.enter(wait, &mut self.counters);
             }
@@ -356,8 +403,8 @@ impl Driver {
         }
     }
 
-    /// A CQE no slot waits for. Timers and cancels need nothing further; a bell that could not be rung by message is rung by
-    /// eventfd; a watch that ended is set up again.
+    /// A CQE no slot waits for. Timers need nothing further; a cancel that missed is repeated; a bell that could not be rung by
+    /// message is rung by eventfd; a watch that ended is set up again.
     #[cold]
     #[inline(never)]
     fn notice(&mut self, user_data: u64, completion: Completion) {
@@ -365,6 +412,22 @@ impl Driver {
             TAG_EVENTFD => {
                 self.eventfd_unwatched =
                     completion.flags & slab::CQE_F_MORE == 0 && completion.res != -libc::ECANCELED;
+            }
+            TAG_CANCEL => {
+                if let Some(key) = self.cancels.try_remove((user_data >> 32) as usize)
+                    && matches!(-completion.res, libc::ENOENT | libc::EALREADY)
+                    && self.slots.is_waiting(key)
+                {
+                    self.missed.push(key);
+                }
+            }
+            TAG_RETRY => {
+                self.retry_armed = false;
+                for key in std::mem::take(&mut self.missed) {
+                    if self.cancel(key).is_err() {
+                        self.missed.push(key);
+                    }
+                }
             }
             TAG_MESSAGE => {
                 if let Some(bell) = self.messages.try_remove((user_data >> 32) as usize)

@@ -63,48 +63,31 @@ pub(crate) struct OpInfo {
     pub(crate) opcode: u8,
     /// The first Linux release that has it.
     pub(crate) since: &'static str,
-    /// A result of 0 or more is a descriptor, which somebody must own.
-    pub(crate) result_is_fd: bool,
 }
 
-/// One row per [`Op`] variant, in the order of the variants.
+/// One row per [`Op`] variant: what the kernel is asked to have.
 pub(crate) const OPS: [OpInfo; 6] = [
-    row("RECV", io_uring::opcode::Recv::CODE, "5.6", false),
-    row("SEND", io_uring::opcode::Send::CODE, "5.6", false),
-    row("ACCEPT", io_uring::opcode::Accept::CODE, "5.5", true),
-    row("CONNECT", io_uring::opcode::Connect::CODE, "5.5", false),
-    row("POLL_ADD", io_uring::opcode::PollAdd::CODE, "5.1", false),
-    row("TIMEOUT", io_uring::opcode::Timeout::CODE, "5.4", false),
+    row("RECV", io_uring::opcode::Recv::CODE, "5.6"),
+    row("SEND", io_uring::opcode::Send::CODE, "5.6"),
+    row("ACCEPT", io_uring::opcode::Accept::CODE, "5.5"),
+    row("CONNECT", io_uring::opcode::Connect::CODE, "5.5"),
+    row("POLL_ADD", io_uring::opcode::PollAdd::CODE, "5.1"),
+    row("TIMEOUT", io_uring::opcode::Timeout::CODE, "5.4"),
 ];
 
-const fn row(name: &'static str, opcode: u8, since: &'static str, result_is_fd: bool) -> OpInfo {
+const fn row(name: &'static str, opcode: u8, since: &'static str) -> OpInfo {
     OpInfo {
         name,
         opcode,
         since,
-        result_is_fd,
     }
 }
 
 impl Op<'_> {
-    /// This operation's row.
-    pub(crate) fn info(&self) -> &'static OpInfo {
-        &OPS[match self {
-            Op::Recv { .. } => 0,
-            Op::Send { .. } => 1,
-            Op::Accept { .. } => 2,
-            Op::Connect { .. } => 3,
-            Op::Poll { .. } => 4,
-            Op::Sleep { .. } => 5,
-        }]
-    }
-
     /// Runs the operation as one system call that does not wait, whatever the descriptor's `O_NONBLOCK` says: 0 or more as
     /// the operation's own result, `-EAGAIN` when it would have to wait, another negative errno when it failed.
     ///
-    /// accept4(2) and connect(2) know no `MSG_DONTWAIT`: an accept looks with poll(2) first, so another acceptor of the same
-    /// listener can make it wait where the listener is in blocking mode; a connect relies on the caller having set
-    /// `O_NONBLOCK`.
+    /// accept4(2) and connect(2) know no `MSG_DONTWAIT`: on a descriptor in blocking mode `O_NONBLOCK` is set around the call.
     #[inline(always)]
     pub(crate) fn attempt(&mut self) -> i32 {
         match self {
@@ -114,12 +97,8 @@ impl Op<'_> {
                 buffer,
                 (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
             ),
-            Op::Accept { fd, address } => match sys::poll(*fd, libc::POLLIN, 0) {
-                0 => -libc::EAGAIN,
-                ready if ready < 0 => ready,
-                _ => sys::accept4(*fd, address),
-            },
-            Op::Connect { fd, address } => sys::connect(*fd, address),
+            Op::Accept { fd, address } => without_waiting(*fd, || sys::accept4(*fd, address)),
+            Op::Connect { fd, address } => without_waiting(*fd, || sys::connect(*fd, address)),
             Op::Poll { fd, events } => match sys::poll(*fd, *events, 0) {
                 0 => -libc::EAGAIN,
                 other => other,
@@ -139,21 +118,22 @@ impl Op<'_> {
     }
 }
 
+/// Makes a call under `O_NONBLOCK`, which ring operations of others on the same file do not mind.
+#[cold]
+fn without_waiting(fd: RawFd, call: impl FnOnce() -> i32) -> i32 {
+    let flags = sys::status_flags(fd);
+    if flags < 0 || flags & libc::O_NONBLOCK != 0 {
+        return call();
+    }
+    sys::set_nonblocking(fd, true);
+    let result = call();
+    sys::set_nonblocking(fd, false);
+    result
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_accept_yields_a_descriptor() {
-        let mut address = SockAddr::empty();
-        let accept = Op::Accept {
-            fd: -1,
-            address: &mut address,
-        };
-        assert!(accept.info().result_is_fd);
-        assert_eq!(accept.info().name, "ACCEPT");
-        assert_eq!(OPS.iter().filter(|row| row.result_is_fd).count(), 1);
-    }
 
     #[test]
     fn nanoseconds_split_into_seconds() {

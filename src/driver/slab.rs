@@ -30,12 +30,14 @@ pub(crate) const TAG_FIRST: u32 = u32::MAX - 15;
 
 /// A linked or bare timer whose verdict nobody reads.
 pub(crate) const TAG_TIMER: u64 = TAG_FIRST as u64;
-/// A cancel request's own CQE.
+/// A cancel request's own CQE (or a connect's timer's); the upper half says which.
 pub(crate) const TAG_CANCEL: u64 = TAG_FIRST as u64 + 1;
 /// Somebody rang: by the eventfd, or by a message from another ring.
 pub(crate) const TAG_WAKE: u64 = TAG_FIRST as u64 + 2;
 /// What became of a message to another ring; the upper half says which.
 pub(crate) const TAG_MESSAGE: u64 = TAG_FIRST as u64 + 3;
+/// It is time to repeat the cancels that missed.
+pub(crate) const TAG_RETRY: u64 = TAG_FIRST as u64 + 5;
 /// The poll of the wake-up eventfd.
 pub(crate) const TAG_EVENTFD: u64 = TAG_FIRST as u64 + 4;
 

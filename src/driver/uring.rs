@@ -24,7 +24,7 @@ use io_uring::{IoUring, Probe, opcode, squeue, types};
 use super::features::{self, Features};
 use super::op::{OPS, Op, TRANSFER_BYTES_MAX, Timespec};
 use super::queues::Queues;
-use super::slab::{Completion, Key, TAG_CANCEL, TAG_EVENTFD, TAG_TIMER, TAG_WAKE};
+use super::slab::{Completion, Key, TAG_EVENTFD, TAG_TIMER, TAG_WAKE};
 use super::{Config, Counters};
 use crate::error::{Error, Result};
 use crate::sys;
@@ -251,6 +251,7 @@ impl Uring {
         op: &mut Op<'_>,
         key: Key,
         timeout: Option<&Timespec>,
+        timer_tag: u64,
         counters: &mut Counters,
     ) -> std::result::Result<(), Full> {
         let entry = match op {
@@ -289,10 +290,12 @@ impl Uring {
                 if self.queues.free() < 2 {
                     self.make_room(2, counters)?;
                 }
-                let timer = opcode::LinkTimeout::new(timeout)
+                let mut timer = opcode::LinkTimeout::new(timeout)
                     .build()
-                    .user_data(TAG_TIMER)
-                    .flags(squeue::Flags::SKIP_SUCCESS);
+                    .user_data(timer_tag);
+                if timer_tag == TAG_TIMER {
+                    timer = timer.flags(squeue::Flags::SKIP_SUCCESS);
+                }
                 self.push(entry.flags(squeue::Flags::IO_LINK), counters)?;
                 self.push(timer, counters)
             }
@@ -300,15 +303,14 @@ impl Uring {
     }
 
     /// Asks the kernel to cancel the operation `key`. Its own CQE, -ECANCELED or a result it already had, still comes.
+    /// The request's own CQE bears `tag`.
     pub(crate) fn prepare_cancel(
         &mut self,
         key: Key,
+        tag: u64,
         counters: &mut Counters,
     ) -> std::result::Result<(), Full> {
-        let entry = opcode::AsyncCancel::new(key.0)
-            .build()
-            .user_data(TAG_CANCEL)
-            .flags(squeue::Flags::SKIP_SUCCESS);
+        let entry = opcode::AsyncCancel::new(key.0).build().user_data(tag);
         self.push(entry, counters)
     }
 
@@ -338,7 +340,7 @@ impl Uring {
         self.push(entry, counters)
     }
 
-    /// Wakes the next waiting enter after `duration` at the latest.
+    /// Wakes a waiting enter after `duration` at the latest, by a CQE that bears `tag`.
     ///
     /// # Safety
     ///
@@ -346,9 +348,10 @@ impl Uring {
     pub(crate) unsafe fn prepare_tick(
         &mut self,
         duration: &Timespec,
+        tag: u64,
         counters: &mut Counters,
     ) -> std::result::Result<(), Full> {
-        let entry = opcode::Timeout::new(duration).build().user_data(TAG_TIMER);
+        let entry = opcode::Timeout::new(duration).build().user_data(tag);
         self.push(entry, counters)
     }
 

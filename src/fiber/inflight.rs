@@ -24,7 +24,7 @@
 //! never by descriptor: duplicates and forked children share the open file.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use super::park::{Parking, Waker};
 use super::remote::{Control, Remote};
@@ -83,6 +83,18 @@ impl InFlight {
 
     fn rest(&self) -> MutexGuard<'_, Rest> {
         self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The lock, unless this is a forked child whose parent had it taken just then: nobody will give it back here.
+    fn rest_after_fork(&self) -> Option<MutexGuard<'_, Rest>> {
+        for _ in 0..10_000 {
+            match self.rest.try_lock() {
+                Ok(rest) => return Some(rest),
+                Err(TryLockError::Poisoned(rest)) => return Some(rest.into_inner()),
+                Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+            }
+        }
+        None
     }
 
     #[inline]
@@ -186,6 +198,28 @@ impl InFlight {
     }
 }
 
+/// Says that the owner has nothing in flight, if it never came to look.
+struct TellWhenDropped<S: AsRef<InFlight>>(Arc<S>, bool);
+
+impl<S: AsRef<InFlight>> TellWhenDropped<S> {
+    /// The owner looked.
+    fn read(mut self) {
+        self.1 = true;
+    }
+}
+
+impl<S: AsRef<InFlight>> Drop for TellWhenDropped<S> {
+    fn drop(&mut self) {
+        if self.1 {
+            return;
+        }
+        let inflight: &InFlight = (*self.0).as_ref();
+        let mut rest = inflight.rest();
+        rest.owner_pending = false;
+        inflight.tell_closers(rest);
+    }
+}
+
 /// Closes a socket object: marks it, lets `bury` put something else under its descriptor, ends the operations in flight
 /// through it and waits for them. False if it was closed before.
 ///
@@ -199,25 +233,31 @@ where
         return false;
     }
     bury();
-    let mut rest = inflight.rest();
-    rest.owner_pending = inflight.owner_remote.get().is_some();
+    let Some(mut rest) = inflight.rest_after_fork() else {
+        return true;
+    };
+    // What a forked child finds here of its parent's is not the child's to cancel.
+    rest.others.retain(|(remote, _)| remote.is_ours());
+    let owner = inflight.owner_remote.get().filter(|owner| owner.is_ours());
+    rest.owner_pending = owner.is_some();
     let others: Vec<(Arc<Remote>, Key)> = rest.others.clone();
     drop(rest);
     for (remote, key) in others {
-        // A thread that has ended has reaped its operations.
-        let _ = remote.send(Control::CancelOperation(key));
+        if remote.send(Control::CancelOperation(key)).is_err() {
+            // A thread that has ended has reaped its operations, or leaked them with their fibers.
+            inflight.leave_other(&remote, key);
+        }
     }
-    if let Some(owner) = inflight.owner_remote.get() {
+    if let Some(owner) = owner {
         match super::worker() {
             Some(worker) if worker.id() == owner.id() => inflight.cancel_own(worker),
             _ => {
-                let keeper = socket.clone();
-                let sent = owner.send(Control::Run(Box::new(move |worker| {
-                    (*keeper).as_ref().cancel_own(worker);
+                let unread = TellWhenDropped(socket.clone(), false);
+                // Read or dropped unread (then the owner has ended, and nothing of its is in flight): the closers hear of it.
+                let _ = owner.send(Control::Run(Box::new(move |worker| {
+                    (*unread.0).as_ref().cancel_own(worker);
+                    unread.read();
                 })));
-                if sent.is_err() {
-                    inflight.rest().owner_pending = false;
-                }
             }
         }
     }

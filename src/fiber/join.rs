@@ -212,8 +212,9 @@ impl<T> JoinHandle<T> {
         }
     }
 
-    /// Interrupts the fiber: the call it waits in, and every later call of it that would wait, fails with
-    /// [`Error::Cancelled`]. What the interrupted call has already transferred is reported as always.
+    /// Interrupts the fiber: the call it waits in, and every later call of it that may wait (all but those of sockets in
+    /// non-blocking mode), fails with [`Error::Cancelled`]. What the interrupted call has already transferred is reported as
+    /// always.
     pub fn cancel(&self) {
         let fiber = {
             let mut state = self.packet.lock();
@@ -357,14 +358,25 @@ impl Builder {
         F: FnOnce() -> T + 'static,
         T: 'static,
     {
+        if let Some((worker, _)) = current()
+            && !worker.has_room()
+        {
+            return Err(no_room(worker.fibers_max()));
+        }
+        self.spawn_anyway(main)
+    }
+
+    /// Starts the fiber whether there is room or not.
+    fn spawn_anyway<F, T>(self, main: F) -> Result<JoinHandle<T>>
+    where
+        F: FnOnce() -> T + 'static,
+        T: 'static,
+    {
         let Some((worker, _)) = current() else {
             panic!(
                 "spawn works in a fiber only: enter one with ringsock::run, or use Handle::spawn"
             );
         };
-        if !worker.has_room() {
-            return Err(no_room(worker.fibers_max()));
-        }
         let packet = Arc::new(Packet::new());
         start(worker, self.name, main, packet.clone())?;
         Ok(JoinHandle {
@@ -396,16 +408,34 @@ where
     F: FnOnce() -> T + 'static,
     T: 'static,
 {
-    while let Some((worker, _)) = current()
-        && !worker.has_room()
-        && !std::thread::panicking()
-    {
-        super::yield_now();
-    }
-    match Builder::new().spawn(main) {
+    match spawn_with_room(main) {
         Ok(handle) => handle,
         Err(error) => panic!("no fiber could be made: {error}"),
     }
+}
+
+/// [`spawn`] of a fiber that nobody joins, with its failure (ENOMEM) as an error.
+pub(crate) fn spawn_when_possible(main: impl FnOnce() + 'static) -> Result<()> {
+    spawn_with_room(main).map(drop)
+}
+
+/// Waits for room, then starts the fiber.
+fn spawn_with_room<F, T>(main: F) -> Result<JoinHandle<T>>
+where
+    F: FnOnce() -> T + 'static,
+    T: 'static,
+{
+    while let Some((worker, _)) = current()
+        && !worker.has_room()
+    {
+        let parking = Parking::new();
+        worker.wait_for_room(parking.waker());
+        if parking.park().is_err() {
+            // Interrupted, or panicking: one fiber more than asked for does less harm than waiting on.
+            break;
+        }
+    }
+    Builder::new().spawn_anyway(main)
 }
 
 /// Makes the first fiber of a worker that does not run yet.
@@ -448,6 +478,10 @@ where
             packet.abandon();
         }
     }))?;
+    // Put into a mailbox that nobody reads any more: whatever becomes of the closure, the handle is told.
+    if remote.has_ended() {
+        packet.abandon();
+    }
     Ok(JoinHandle {
         packet,
         remote: remote.clone(),

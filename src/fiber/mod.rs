@@ -71,8 +71,6 @@ pub(crate) mod outcome {
     pub(crate) const CANCELLED: i32 = -10_001;
     /// The runtime is ending.
     pub(crate) const SHUTDOWN: i32 = -10_002;
-    /// The ring was inherited by fork(2) and is the parent's.
-    pub(crate) const FORKED: i32 = -10_003;
 }
 
 /// A result of [`suspend`] below 0 as an error.
@@ -82,11 +80,6 @@ pub(crate) fn error_from_outcome(code: i32) -> Error {
         outcome::TIMED_OUT => Error::Timeout,
         outcome::CANCELLED => Error::Cancelled,
         outcome::SHUTDOWN => Error::Shutdown,
-        outcome::FORKED => Error::Message(
-            "this fiber was inherited by fork(2): its ring belongs to the parent process; \
-             use a plain thread or start a new runtime in the child"
-                .into(),
-        ),
         errno => Error::from_errno(-errno),
     }
 }
@@ -200,7 +193,9 @@ thread_local! {
 pub(crate) fn worker() -> Option<&'static Worker> {
     // SAFETY: `Worker::run` sets the pointer for the time it runs and the worker outlives that; the reference does not leave
     // the calls made from there. (A thread that is being torn down has no worker: the key has no destructor.)
-    unsafe { WORKER.get().as_ref() }
+    let worker = unsafe { WORKER.get().as_ref() }?;
+    // A child forked by a fiber is a plain thread: the worker's ring, and its other fibers, are the parent's.
+    worker.is_ours().then_some(worker)
 }
 
 /// The worker and the fiber that runs now; `None` on a plain thread.
@@ -259,6 +254,7 @@ fn create<F: FnOnce() + 'static>(
         let abort = AbortOnUnwind;
         main();
         std::mem::forget(abort);
+        end_forked_child();
     });
     let slot = worker.register(fiber);
     let block = Fiber {
@@ -281,6 +277,19 @@ fn create<F: FnOnce() + 'static>(
     // SAFETY: `reserve` kept this block, aligned to 64, above what the coroutine uses; the stack is ours alone.
     unsafe { address.write(block) };
     Ok(fiber)
+}
+
+/// In a child that a fiber forked, the fiber's end is the process's: the worker it would go back to is the parent's.
+fn end_forked_child() {
+    // SAFETY: as in `worker`; the fiber runs on that worker's thread, or a copy of it.
+    let worker = unsafe { WORKER.get().as_ref() };
+    if worker.is_some_and(|worker| !worker.is_ours()) {
+        eprintln!(
+            "ringsock: a forked child returned from the fiber that forked it; call std::process::exit in the child"
+        );
+        // SAFETY: _exit only ends the process, without the parent's exit handlers.
+        unsafe { libc::_exit(1) };
+    }
 }
 
 /// Takes an ended fiber apart: its stack.
@@ -369,17 +378,6 @@ impl Worker {
         fiber.state.set(State::InOperation);
         Ok(())
     }
-
-    /// Makes a waiting enter return after `ns` at the latest.
-    fn tick(&self, ns: i64) {
-        let duration = timespec_from_ns(ns.max(0));
-        self.driver.with(|driver| {
-            // SAFETY: `duration` lives through the enter below, which submits it.
-            if unsafe { driver.tick(&duration) }.is_ok() {
-                driver.enter(false);
-            }
-        });
-    }
 }
 
 /// Ends the process where going on would be unsound: between a submission and its completion, and at a fiber's root.
@@ -409,7 +407,7 @@ pub(crate) fn suspend(
 ) -> i32 {
     match current() {
         Some((worker, fiber)) => {
-            if fiber.interrupt.get() != 0 || std::thread::panicking() || !worker.is_ours() {
+            if fiber.interrupt.get() != 0 || std::thread::panicking() {
                 suspend_interrupted(worker, fiber, op, timeout_ns, target)
             } else {
                 suspend_fiber(worker, fiber, op, timeout_ns, target)
@@ -453,7 +451,9 @@ fn suspend_fiber(
     // the final CQE of the key (the module's points 1 to 4).
     if let Err(Full) = unsafe { worker.submit(fiber, op, timeout) } {
         // SAFETY: as above.
-        unsafe { submit_later(worker, fiber, op, timeout) };
+        if let Some(code) = unsafe { submit_later(worker, fiber, op, timeout) } {
+            return code;
+        }
     }
     let abort = AbortOnUnwind;
     let completion = match target {
@@ -476,7 +476,8 @@ fn suspend_fiber(
     failed(worker, fiber, op, completion.res, timeout_ns, target)
 }
 
-/// Submits once the others have reaped: nothing of `op` is in flight before.
+/// Submits once the others have reaped: nothing of `op` is in flight before. A code if the fiber was interrupted meanwhile,
+/// and nothing was submitted.
 ///
 /// # Safety
 ///
@@ -488,12 +489,15 @@ unsafe fn submit_later(
     fiber: FiberRef,
     op: &mut Op<'_>,
     timeout: Option<&Timespec>,
-) {
+) -> Option<i32> {
     loop {
         yield_fiber(worker, fiber);
+        if let Some(code) = interrupted(worker, fiber) {
+            return Some(code);
+        }
         // SAFETY: the caller's promise.
         if unsafe { worker.submit(fiber, op, timeout) }.is_ok() {
-            return;
+            return None;
         }
     }
 }
@@ -502,6 +506,30 @@ unsafe fn submit_later(
 #[inline(never)]
 fn again(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Direction)>) -> i32 {
     suspend(op, timeout_ns, target)
+}
+
+/// For a kernel that honours O_NONBLOCK on the ring: waits for readiness and tries, until it works or the time is over.
+#[cold]
+#[inline(never)]
+fn when_ready(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Direction)>) -> i32 {
+    let Some((fd, events)) = op.readiness() else {
+        return -libc::EAGAIN;
+    };
+    let deadline_ns = now_ns().saturating_add(timeout_ns);
+    loop {
+        let left_ns = match timeout_ns {
+            ns if ns < 0 => ns,
+            _ => (deadline_ns - now_ns()).max(0),
+        };
+        let ready = again(&mut Op::Poll { fd, events }, left_ns, target);
+        if ready < 0 {
+            return ready;
+        }
+        match op.attempt() {
+            code if code == -libc::EAGAIN => {}
+            result => return result,
+        }
+    }
 }
 
 /// What a failed operation means: who cancelled it, or whether it is to be tried again.
@@ -524,13 +552,7 @@ fn failed(
         // An operation that a kernel worker thread runs (connect on AF_UNIX) ends in EINTR when its timer fires.
         libc::ECANCELED | libc::EINTR if timeout_ns >= 0 => outcome::TIMED_OUT,
         libc::EINTR => again(op, timeout_ns, target),
-        // A kernel that honours O_NONBLOCK here: wait for readiness, then try again.
-        libc::EAGAIN if let Some((fd, events)) = op.readiness() => {
-            match again(&mut Op::Poll { fd, events }, timeout_ns, target) {
-                ready if ready < 0 => ready,
-                _ => again(op, timeout_ns, target),
-            }
-        }
+        libc::EAGAIN => when_ready(op, timeout_ns, target),
         _ => res,
     }
 }
@@ -545,9 +567,6 @@ fn suspend_interrupted(
     timeout_ns: i64,
     target: Option<(&InFlight, Direction)>,
 ) -> i32 {
-    if !worker.is_ours() {
-        return outcome::FORKED;
-    }
     if std::thread::panicking() {
         return worker.attempt(op);
     }
@@ -643,10 +662,13 @@ fn park(worker: &Worker, fiber: FiberRef, key: Key) -> Result<()> {
         };
         // SAFETY: `op` stays in this frame until the timer's final CQE has resumed the fiber.
         while let Err(Full) = unsafe { worker.submit_as(fiber, key, &mut op) } {
+            yield_fiber(worker, fiber);
             if !worker.is_waiting(key) {
                 return Ok(());
             }
-            yield_fiber(worker, fiber);
+            if let Some(error) = interrupted_error() {
+                return Err(error);
+            }
         }
         let abort = AbortOnUnwind;
         fiber.switch_out();
@@ -670,9 +692,7 @@ fn ring_bell(bell: &Arc<Bell>) {
     {
         return;
     }
-    if !bell.ring_by_eventfd() {
-        thread::ring(bell);
-    }
+    bell.ring_by_eventfd();
 }
 
 /// Suspends the calling fiber (or blocks the calling thread) for a duration.

@@ -18,6 +18,7 @@
 //! Spawns wait in a bounded channel; senders wait while it is full. All other messages are bounded by what exists: a fiber or
 //! thread has at most one wake and one cancel on its way, and a closer waits for its close.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,6 +28,8 @@ use super::park::{Parking, Waker};
 use super::scheduler::Worker;
 use crate::driver::{Bell, Key};
 use crate::error::Error;
+use crate::log::log;
+use crate::sys;
 
 /// What can be asked of a thread that runs a driver.
 pub(crate) enum Control {
@@ -58,7 +61,10 @@ pub(crate) struct Remote {
     /// Those waiting for room in `spawns`.
     waiting: Mutex<Vec<Waker>>,
     asleep: AtomicBool,
+    /// The owner reads no more mail.
+    ended: AtomicBool,
     bell: Arc<Bell>,
+    fork_epoch: u32,
 }
 
 /// The owner's end of a [`Remote`].
@@ -80,7 +86,9 @@ impl Remote {
             spawns: (spawns_max > 0).then_some(spawns),
             waiting: Mutex::new(Vec::new()),
             asleep: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             bell: Arc::new(bell),
+            fork_epoch: sys::fork_epoch(),
         };
         let mailbox = Mailbox {
             controls: controls_received,
@@ -95,8 +103,16 @@ impl Remote {
         self.id
     }
 
+    /// Whether the thread is one of this process, rather than of the parent that forked it.
+    pub(crate) fn is_ours(&self) -> bool {
+        sys::fork_mark().load(Ordering::Relaxed) == self.fork_epoch
+    }
+
     /// Puts a message into the mailbox and wakes its owner.
     pub(crate) fn send(&self, control: Control) -> Result<(), Gone> {
+        if !self.is_ours() || self.ended.load(Ordering::SeqCst) {
+            return Err(Gone);
+        }
         self.controls.send(control).map_err(|_| Gone)?;
         self.wake();
         Ok(())
@@ -113,6 +129,9 @@ impl Remote {
         };
         let mut spawn = spawn;
         loop {
+            if !self.is_ours() || self.ended.load(Ordering::SeqCst) {
+                return Err(Error::Shutdown);
+            }
             spawn = match spawns.try_send(spawn) {
                 Ok(()) => {
                     self.wake();
@@ -126,8 +145,8 @@ impl Remote {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(parking.waker());
-            // Room made between the try and the registration rang for nobody.
-            if spawns.is_full() {
+            // Room made between the try and the registration rang for nobody, and neither did the owner's end.
+            if spawns.is_full() && !self.ended.load(Ordering::SeqCst) {
                 parking.park()?;
             }
         }
@@ -169,9 +188,24 @@ impl Remote {
         }
     }
 
-    /// The owner is going: nobody can wake it any more.
-    pub(crate) fn retire(&self) {
+    /// The owner is going: nobody can wake it any more, and what was sent too late is dropped, which its senders notice.
+    pub(crate) fn retire(&self, mailbox: &Mailbox) {
+        self.ended.store(true, Ordering::SeqCst);
         self.bell.retire();
+        // A sender that looked before `ended` was set may put one more message in; the channel drops that with its last sender,
+        // and a spawn's own handle does not count on it (`join.rs` looks at `ended`, too).
+        while mailbox.controls.try_recv().is_ok() {}
+        while let Ok(spawn) = mailbox.spawns.try_recv() {
+            // Whatever a closure that never ran does when it is dropped, the others are dropped too.
+            if catch_unwind(AssertUnwindSafe(|| drop(spawn))).is_err() {
+                log(format_args!("dropping a fiber's closure panicked"));
+            }
+        }
         self.made_room();
+    }
+
+    /// Whether the owner reads no more mail.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
     }
 }

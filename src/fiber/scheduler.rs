@@ -23,13 +23,15 @@
 
 use std::cell::{Cell, RefCell, RefMut};
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::remote::{Control, Mailbox, Remote, Spawn};
+use super::park::Waker;
+use super::remote::{Control, Mailbox, Remote};
 use super::stack::StackPool;
-use super::{DriverCell, FiberRef, State, interrupt};
+use super::{AbortOnUnwind, DriverCell, FiberRef, State, interrupt};
 use crate::driver::features::Features;
 use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Waiter};
 use crate::error::{Error, Result};
@@ -72,6 +74,10 @@ pub(crate) struct Worker {
     counts: Arc<Counts>,
     limits: Limits,
     phase: Cell<Phase>,
+    /// The end of the phase is on the ring.
+    ticking: Cell<bool>,
+    /// Fibers that wait for room to spawn another.
+    waiting_for_room: RefCell<Vec<Waker>>,
     live: Cell<usize>,
     lost: Cell<usize>,
     turns: Cell<u64>,
@@ -85,7 +91,7 @@ pub(crate) struct Worker {
 impl Worker {
     /// A worker for the calling thread.
     pub(crate) fn new(mut driver: Driver, limits: Limits, counts: Arc<Counts>) -> Result<Worker> {
-        let bell = driver.bell(true)?;
+        let bell = driver.bell()?;
         let (remote, mailbox) = Remote::new(bell, limits.spawns_max);
         Ok(Worker {
             driver: DriverCell::new(driver),
@@ -98,6 +104,8 @@ impl Worker {
             counts,
             limits,
             phase: Cell::new(Phase::Running),
+            ticking: Cell::new(false),
+            waiting_for_room: RefCell::new(Vec::new()),
             live: Cell::new(0),
             lost: Cell::new(0),
             turns: Cell::new(0),
@@ -126,11 +134,6 @@ impl Worker {
 
     pub(super) fn stacks(&self) -> RefMut<'_, StackPool> {
         self.stacks.borrow_mut()
-    }
-
-    /// Usable bytes of a fiber's stack.
-    pub(super) fn stack_bytes(&self) -> usize {
-        self.stacks.borrow().stack_bytes()
     }
 
     /// What the worker's ring found the kernel to offer.
@@ -230,6 +233,15 @@ impl Worker {
         let stack = super::destroy(fiber);
         self.stacks.borrow_mut().give(stack);
         self.live.set(self.live.get() - 1);
+        if !self.waiting_for_room.borrow().is_empty() {
+            let waiting = std::mem::take(&mut *self.waiting_for_room.borrow_mut());
+            waiting.into_iter().for_each(Waker::wake);
+        }
+    }
+
+    /// Wakes `waker` when a fiber has ended.
+    pub(super) fn wait_for_room(&self, waker: Waker) {
+        self.waiting_for_room.borrow_mut().push(waker);
     }
 
     /// Hands a completion to its fiber and runs it.
@@ -321,10 +333,12 @@ impl Worker {
     /// Runs until stopped and all fibers have ended. The calling thread is the worker's from now on until then.
     pub(crate) fn run(&self) {
         let _worker = super::enter_worker(self);
+        let abort = AbortOnUnwind;
         while !self.finished() {
             self.turn();
         }
         self.end();
+        std::mem::forget(abort);
     }
 
     /// Starts the shutdown; [`run`](Worker::run) returns when it is over.
@@ -360,9 +374,12 @@ impl Worker {
         }
         let left_ns = next_ns - self.now_ns();
         if left_ns > 0 {
-            self.tick(left_ns);
+            if !self.ticking.replace(true) {
+                self.driver.with(|driver| driver.tick(left_ns));
+            }
             return false;
         }
+        self.ticking.set(false);
         match self.phase.get() {
             Phase::Unwinding { .. } => true,
             _ => {
@@ -386,7 +403,8 @@ impl Worker {
             self.resume(fiber);
         }
         self.retry_cancels();
-        let idle = self.ready.borrow().is_empty() && !self.is_over();
+        let idle =
+            self.ready.borrow().is_empty() && self.cancels.borrow().is_empty() && !self.is_over();
         if idle && self.remote.fall_asleep(&self.mailbox, self.has_room()) {
             self.publish();
             self.driver.with(|driver| driver.enter(true));
@@ -425,7 +443,10 @@ impl Worker {
         while self.has_room()
             && let Ok(spawn) = self.mailbox.spawns.try_recv()
         {
-            spawn(self);
+            // It panics only where a closure is dropped for want of a stack; its fiber's handle has been told.
+            if catch_unwind(AssertUnwindSafe(|| spawn(self))).is_err() {
+                log(format_args!("dropping a fiber's closure panicked"));
+            }
             taken = true;
         }
         if taken {
@@ -465,7 +486,7 @@ impl Worker {
 
     /// The last steps: no fiber runs any more.
     fn end(&self) {
-        self.remote.retire();
+        self.remote.retire(&self.mailbox);
         let lost = self.live.get();
         if lost > 0 {
             log(format_args!(
@@ -479,10 +500,6 @@ impl Worker {
                     self.lose(fiber);
                 }
             }
-        }
-        // Spawns that came too late: their handles say so.
-        while let Ok(spawn) = self.mailbox.spawns.try_recv() {
-            drop::<Spawn>(spawn);
         }
         self.driver.with(|driver| driver.close_bell());
         self.counts.lost(lost);

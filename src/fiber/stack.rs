@@ -105,7 +105,6 @@ struct Chunk {
 
 /// One worker's stacks.
 pub(crate) struct StackPool {
-    stack_bytes: usize,
     /// Distance between two stacks.
     pitch: usize,
     free: Vec<FiberStack>,
@@ -123,17 +122,11 @@ impl StackPool {
         // Odd, so that neighbours differ in the address bits that pick a cache set.
         pages |= 1;
         StackPool {
-            stack_bytes: usable,
             pitch: pages * page,
             free: Vec::new(),
             chunks: Vec::new(),
             taken: 0,
         }
-    }
-
-    /// Usable bytes of each stack.
-    pub(crate) fn stack_bytes(&self) -> usize {
-        self.stack_bytes
     }
 
     /// A stack nobody else has.

@@ -13,7 +13,7 @@ use super::inflight::{Direction, InFlight};
 use super::outcome;
 use super::remote::{Control, Mailbox, Remote};
 use crate::driver::op::timespec_from_ns;
-use crate::driver::{Bell, Completion, Config, Driver, Full, Op, Waiter};
+use crate::driver::{Completion, Config, Driver, Full, Op, Waiter};
 use crate::error::Result;
 use crate::sys;
 
@@ -54,7 +54,7 @@ pub(super) fn set_deadline_ns(deadline_ns: i64) {
 impl ThreadRing {
     fn new() -> Result<Box<ThreadRing>> {
         let mut driver = Driver::uring(Config::thread())?;
-        let bell = driver.bell(false)?;
+        let bell = driver.bell()?;
         let (remote, mailbox) = Remote::new(bell, 0);
         let slot = driver.slots().register(Waiter::MIN);
         Ok(Box::new(ThreadRing {
@@ -124,7 +124,7 @@ impl ThreadRing {
 
 impl Drop for ThreadRing {
     fn drop(&mut self) {
-        self.remote.retire();
+        self.remote.retire(&self.mailbox);
     }
 }
 
@@ -145,16 +145,6 @@ fn with_ring<R>(use_ring: impl FnOnce(&mut ThreadRing) -> R) -> Option<R> {
 /// Drops this thread's ring and what it never submitted.
 fn discard_ring() {
     let _ = RING.try_with(|ring| ring.try_borrow_mut().map(|mut ring| *ring = None));
-}
-
-/// Rings a bell that has no eventfd by a message from this thread's ring.
-pub(super) fn ring(bell: &Arc<Bell>) {
-    with_ring(|ring| {
-        if ring.driver.ring(bell) {
-            // Its outcome is read here: this ring may not be looked at again for long.
-            while ring.driver.next().is_some() {}
-        }
-    });
 }
 
 /// Runs `op` on this thread: see [`suspend`](super::suspend).
@@ -195,12 +185,7 @@ pub(super) fn block(
         }
         libc::ECANCELED | libc::EINTR if timeout_ns >= 0 => outcome::TIMED_OUT,
         libc::EINTR => block(op, timeout_ns, target),
-        libc::EAGAIN if let Some((fd, events)) = op.readiness() => {
-            match block(&mut Op::Poll { fd, events }, timeout_ns, target) {
-                ready if ready < 0 => ready,
-                _ => block(op, timeout_ns, target),
-            }
-        }
+        libc::EAGAIN => super::when_ready(op, timeout_ns, target),
         _ => res,
     }
 }

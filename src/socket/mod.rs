@@ -50,6 +50,10 @@ const BLOCKING: i64 = -1;
 /// `timeout_ns` of a socket in non-blocking mode.
 const NON_BLOCKING: i64 = 0;
 
+/// Receive flags with which the kernel writes every byte it reports.
+const FLAGS_THAT_WRITE: i32 =
+    libc::MSG_PEEK | libc::MSG_WAITALL | libc::MSG_OOB | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+
 /// A network socket with the face of Python's `socket.socket`.
 ///
 /// Every method takes `&self`: any number of fibers and threads may use one socket at once, also to receive and send at the
@@ -402,7 +406,12 @@ impl Socket {
         bytes
             .try_reserve_exact(bufsize)
             .map_err(|_| Error::from_errno(libc::ENOMEM))?;
-        let received = self.recv_raw(&mut bytes.spare_capacity_mut()[..bufsize], flags)?;
+        let spare = &mut bytes.spare_capacity_mut()[..bufsize];
+        if flags.bits() & !FLAGS_THAT_WRITE != 0 {
+            // MSG_TRUNC and whatever else may report bytes that it did not write.
+            spare.fill(MaybeUninit::new(0));
+        }
+        let received = self.recv_raw(spare, flags)?.min(bufsize);
         sys::set_received(&mut bytes, received);
         // Python's result owns no more than it shows; a mostly empty buffer is given back.
         if received < bufsize / 2 {
@@ -435,6 +444,9 @@ impl Socket {
     }
 
     /// [`recv_into`](Socket::recv_into) of at most `nbytes` bytes (0: as many as fit), with flags.
+    ///
+    /// With `MSG_TRUNC` the result is the length of the whole datagram, which may be more than the buffer holds; on TCP that
+    /// flag discards the bytes.
     ///
     /// # Errors
     ///
@@ -717,7 +729,11 @@ impl Socket {
     /// descriptor made by `dup` or `fork` is still open). Closing again does nothing.
     ///
     /// The descriptor's number stays taken until the last handle is dropped, so it cannot come to name something else in
-    /// between. Dropping the last handle closes as well; `close` is for the moment when others still hold one.
+    /// between. Dropping the last handle closes as well; `close` is for the moment when others still hold one. Of several
+    /// closers only the first waits, and a fiber that is cancelled meanwhile does not.
+    ///
+    /// With `SO_LINGER` and a time above 0 the kernel makes closing wait for unsent data, by `close` and by dropping alike, and
+    /// that holds up the whole thread: let a thread of its own do it, or leave lingering to the kernel (the default).
     ///
     /// # Errors
     ///
@@ -777,9 +793,18 @@ impl Socket {
     /// ```
     pub fn settimeout(&self, timeout: impl Into<Timeout>) -> Result<()> {
         let timeout_ns = timeout.into().as_ns()?.unwrap_or(BLOCKING);
-        self.0.timeout_ns.store(timeout_ns, Ordering::Relaxed);
-        self.check_open()?;
-        sys::check(sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING)).map(drop)
+        let store = || self.0.timeout_ns.store(timeout_ns, Ordering::SeqCst);
+        // A call in another thread must never find "do not wait" on a descriptor that still waits.
+        if timeout_ns == BLOCKING {
+            store();
+        }
+        let result = self
+            .check_open()
+            .and_then(|()| sys::check(sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING)));
+        if timeout_ns != BLOCKING {
+            store();
+        }
+        result.map(drop)
     }
 
     /// The timeout in seconds; `None` waits for ever. It works on a closed socket, too.
