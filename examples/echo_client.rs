@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use ringsock::Timeout;
 use ringsock::prelude::*;
 
 /// Sends MESSAGE to an echo server and prints what comes back.
@@ -15,17 +16,26 @@ use ringsock::prelude::*;
 #[command(version)]
 struct Args {
     /// The server's address
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50007")]
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:50007")]
     connect: SocketAddr,
     /// Connect to a Unix socket instead
     #[arg(long, value_name = "PATH", conflicts_with = "connect")]
     unix: Option<PathBuf>,
     /// Give up after so many seconds without progress
-    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     timeout: f64,
     /// What to send
     #[arg(default_value = "Hello, world")]
     message: String,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    match Timeout::from(seconds).seconds() {
+        Ok(_) if seconds > 0.0 => Ok(seconds),
+        Ok(_) => Err("not above 0".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Everything the server sends back before it ends its side.

@@ -3,21 +3,22 @@
 //!     cargo run --release --example echo_server -- --bind 127.0.0.1:50007
 //!     nc 127.0.0.1 50007
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use ringsock::prelude::*;
-use ringsock::{Runtime, Server};
+use ringsock::{Runtime, Server, Timeout};
 
 /// Sends back what it receives, on every connection at once.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     /// Where to listen; port 0 lets the kernel choose
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50007")]
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:50007")]
     bind: SocketAddr,
     /// Listen on a Unix socket instead; a socket left there by an earlier run is removed
     #[arg(long, value_name = "PATH", conflicts_with = "bind")]
@@ -36,6 +37,10 @@ struct Args {
     buffer: u32,
 }
 
+/// How long a taken address is tried again. The kernel takes a killed process's ring apart in the background, and the accept on
+/// it keeps the listener open for some milliseconds after the process is gone.
+const RESTART: Duration = Duration::from_secs(1);
+
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Mode {
     /// recv_into a buffer of the connection's own
@@ -45,9 +50,11 @@ enum Mode {
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(seconds) if seconds > 0.0 && seconds.is_finite() => Ok(seconds),
-        _ => Err("not a number of seconds above 0".to_owned()),
+    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    match Timeout::from(seconds).seconds() {
+        Ok(_) if seconds > 0.0 => Ok(seconds),
+        Ok(_) => Err("not above 0".to_owned()),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -79,12 +86,22 @@ fn start(runtime: &Runtime, args: &Args) -> ringsock::Result<Server> {
             echo(&conn, &mut vec![0; buffer_bytes])
         }
     };
-    match &args.unix {
-        Some(path) => {
-            remove_stale(path);
-            runtime.handle().serve(path.as_path(), handler)
+    let give_up = Instant::now() + RESTART;
+    loop {
+        let handle = runtime.handle();
+        let server = match &args.unix {
+            Some(path) => {
+                remove_stale(path);
+                handle.serve(path.as_path(), handler)
+            }
+            None => handle.serve(args.bind, handler),
+        };
+        match server {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < give_up => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            result => return result,
         }
-        None => runtime.handle().serve(args.bind, handler),
     }
 }
 
@@ -106,9 +123,9 @@ fn serve(args: &Args) -> ringsock::Result<()> {
     ringsock::raise_descriptor_limit();
     let runtime = Runtime::builder().workers(args.workers.into()).build()?;
     let server = start(&runtime, args)?;
-    println!("listening on {}", server.address());
     // A closed standard output is no reason not to serve.
-    let _ = std::io::stdout().flush();
+    let mut out = std::io::stdout();
+    let _ = writeln!(out, "listening on {}", server.address()).and_then(|()| out.flush());
     server.wait();
     Ok(())
 }

@@ -1307,6 +1307,7 @@ mod tests {
             // the room there is.
             let result = {
                 let (storage, len) = address.as_mut_parts();
+                // SAFETY: `len` holds the size of `storage`; both live through the call.
                 unsafe { libc::getsockname(fd, storage, len) }
             };
             assert_eq!(result, 0, "{}", std::io::Error::last_os_error());

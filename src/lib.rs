@@ -1,22 +1,4 @@
-//! Python's `socket` object on io_uring: blocking-style calls in fibers, at event-loop speed.
-//!
-//! A program reads like the examples of Python's socket page; under it every call that waits is one operation on the core's
-//! ring. In a fiber it suspends that fiber only, so thousands of plain blocking loops share one thread. On a plain thread the
-//! same call blocks the thread. Any code written against [`std::io::Read`] and [`std::io::Write`] works on a [`Socket`].
-//!
-//! ```no_run
-#![doc = include_str!("../examples/readme.rs")]
-//! ```
-//!
-//! # Where to look
-//!
-//! - [`Socket`]: the object; [`socketpair`]; [`Address`] and [`ToAddress`]: addresses; [`Error`]: Python's exceptions.
-//! - [`run`], [`spawn`], [`JoinHandle`], [`sleep`], [`timeout`]: fibers. [`Runtime`], [`Handle`], [`serve`]: several workers.
-//! - [`Features`]: what the kernel offers; the example `doctor` prints it.
-//!
-//! # What it needs
-//!
-//! Linux 6.1 or newer, with io_uring allowed to the process. Where it is not, the error says what to change.
+#![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
 #[cfg(not(target_os = "linux"))]

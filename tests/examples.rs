@@ -540,7 +540,6 @@ fn a_port_in_use_is_errno_98() {
 }
 
 #[test]
-#[ignore = "serve on several workers joins another server's port group"]
 fn a_port_of_another_server_with_several_workers_is_errno_98() {
     let server = EchoServer::start(Family::V4, &workers(2)).expect("IPv4");
     let [_, address] = way_to(&server.endpoint);
@@ -644,7 +643,6 @@ fn bad_arguments_exit_with_2_and_show_the_way() {
 }
 
 #[test]
-#[ignore = "echo_server takes the timeout, and then fails on every connection"]
 fn a_timeout_beyond_what_a_socket_takes_is_a_bad_argument() {
     let args = ["--bind", "127.0.0.1:0", "--timeout", "1e300"];
     let mut server = Process::example("echo_server", args);
@@ -654,7 +652,6 @@ fn a_timeout_beyond_what_a_socket_takes_is_a_bad_argument() {
 }
 
 #[test]
-#[ignore = "println! panics where nobody reads"]
 fn a_closed_standard_output_is_no_reason_not_to_serve() {
     let dir = TempDir::new();
     let path = dir.path().join("echo.socket");

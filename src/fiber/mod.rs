@@ -47,6 +47,7 @@ pub(crate) mod thread;
 
 use std::cell::{Cell, UnsafeCell};
 use std::mem::ManuallyDrop;
+use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::panic::resume_unwind;
 use std::ptr::{self, NonNull};
@@ -153,14 +154,16 @@ impl Deref for FiberRef {
 impl FiberRef {
     #[inline]
     fn waiter(self) -> Waiter {
-        self.0.expose_provenance()
+        let address = NonZeroUsize::new(self.0.as_ptr().expose_provenance());
+        address.expect("stacks are not at address 0")
     }
 
     /// The fiber behind a waiter of this worker's driver.
     #[inline]
     fn from_waiter(waiter: Waiter) -> FiberRef {
         // A worker registers nothing but the addresses of its live fibers, and unregisters before `destroy`.
-        FiberRef(NonNull::with_exposed_provenance(waiter))
+        let address = ptr::with_exposed_provenance_mut(waiter.get());
+        FiberRef(NonNull::new(address).expect("a waiter is not 0"))
     }
 
     /// Runs the fiber until it switches out (false) or ends (true).
@@ -371,9 +374,10 @@ impl Worker {
         key: Key,
         op: &mut Op<'_>,
     ) -> std::result::Result<(), Full> {
-        // SAFETY: the caller's promise.
-        self.driver
-            .with(|driver| unsafe { driver.submit(op, key, None) })?;
+        self.driver.with(|driver| {
+            // SAFETY: the caller's promise.
+            unsafe { driver.submit(op, key, None) }
+        })?;
         fiber.key.set(key);
         fiber.state.set(State::InOperation);
         Ok(())

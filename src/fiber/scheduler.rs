@@ -420,7 +420,7 @@ impl Worker {
             self.deliver(waiter, completion);
         }
         self.turns.set(self.turns.get() + 1);
-        if self.turns.get() % PUBLISH_TURNS == 0 {
+        if self.turns.get().is_multiple_of(PUBLISH_TURNS) {
             self.publish();
         }
     }
