@@ -50,8 +50,20 @@ pub(crate) fn recv(fd: RawFd, buffer: &mut [MaybeUninit<u8>], flags: i32) -> i32
 
 #[inline(always)]
 pub(crate) fn send(fd: RawFd, buffer: &[u8], flags: i32) -> i32 {
-    // SAFETY: the kernel reads at most `len` bytes of the borrowed buffer, during the call only.
-    count(unsafe { libc::send(fd, buffer.as_ptr().cast(), buffer.len(), flags) })
+    // Not libc::send: in a process with threads, glibc wraps that in 31 instructions of thread cancellation.
+    // SAFETY: the kernel reads at most `len` bytes of the borrowed buffer, during the call only; no address is passed.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_sendto,
+            fd,
+            buffer.as_ptr(),
+            buffer.len(),
+            flags,
+            std::ptr::null::<libc::sockaddr>(),
+            0usize,
+        )
+    };
+    count(sent as isize)
 }
 
 pub(crate) fn accept4(fd: RawFd, address: &mut SockAddr) -> i32 {

@@ -134,7 +134,7 @@ pub(crate) struct Fiber {
     packet: Option<Arc<dyn join::Abandon>>,
     name: Option<Box<str>>,
     limit: usize,
-    top: usize,
+    stack_bytes: usize,
 }
 
 /// Points to a live fiber. The worker's code makes and ends fibers and holds no `FiberRef` beyond `destroy`.
@@ -249,7 +249,7 @@ fn create<F: FnOnce() + 'static>(
         return create(worker, name, packet, main);
     }
     let mut stack = worker.stacks().take()?;
-    let (limit, top) = (stack.limit(), stack.top());
+    let limit = stack.limit();
     let address = stack.reserve(size_of::<Fiber>()) as *mut Fiber;
     let fiber = FiberRef(NonNull::new(address).expect("stacks are not at address 0"));
     let coroutine = Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
@@ -275,7 +275,7 @@ fn create<F: FnOnce() + 'static>(
         packet,
         name,
         limit,
-        top,
+        stack_bytes: worker.stack_bytes(),
     };
     // SAFETY: `reserve` kept this block, aligned to 64, above what the coroutine uses; the stack is ours alone.
     unsafe { address.write(block) };

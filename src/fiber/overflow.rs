@@ -110,11 +110,8 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *
             b"ringsock: fiber '",
             fiber.name().unwrap_or("unnamed").as_bytes(),
             b"' overflowed its stack of ",
-            decimal(
-                ((fiber.top - fiber.limit - GUARD_BYTES) / 1024) as u64,
-                &mut [0; 20],
-            ),
-            b" KiB: use less stack, or ask for more with Builder::stack_size\n",
+            decimal((fiber.stack_bytes / 1024) as u64, &mut [0; 20]),
+            b" KiB: use less stack, or ask for more with RuntimeBuilder::stack_size\n",
         ]);
         // SAFETY: abort is async-signal-safe.
         unsafe { libc::abort() };

@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use super::park::Waker;
 use super::remote::{Control, Mailbox, Remote};
-use super::stack::StackPool;
+use super::stack::{STACK_BYTES_MIN, StackPool};
 use super::{AbortOnUnwind, DriverCell, FiberRef, State, interrupt};
 use crate::driver::features::Features;
 use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Waiter};
@@ -76,6 +76,8 @@ pub(crate) struct Worker {
     phase: Cell<Phase>,
     /// The end of the phase is on the ring.
     ticking: Cell<bool>,
+    /// There was no room for the spawns in the mailbox, or for more of them.
+    spawns_waiting: Cell<bool>,
     /// Fibers that wait for room to spawn another.
     waiting_for_room: RefCell<Vec<Waker>>,
     live: Cell<usize>,
@@ -105,6 +107,7 @@ impl Worker {
             limits,
             phase: Cell::new(Phase::Running),
             ticking: Cell::new(false),
+            spawns_waiting: Cell::new(false),
             waiting_for_room: RefCell::new(Vec::new()),
             live: Cell::new(0),
             lost: Cell::new(0),
@@ -394,7 +397,9 @@ impl Worker {
     }
 
     fn turn(&self) {
-        self.read_mail();
+        if self.remote.take_mail() || (self.spawns_waiting.get() && self.has_room()) {
+            self.read_mail();
+        }
         let ready = self.ready.borrow().len();
         for _ in 0..ready {
             let Some(fiber) = self.ready.borrow_mut().pop_front() else {
@@ -403,9 +408,11 @@ impl Worker {
             self.resume(fiber);
         }
         self.retry_cancels();
-        let idle =
-            self.ready.borrow().is_empty() && self.cancels.borrow().is_empty() && !self.is_over();
-        if idle && self.remote.fall_asleep(&self.mailbox, self.has_room()) {
+        let idle = self.ready.borrow().is_empty()
+            && self.cancels.borrow().is_empty()
+            && !(self.spawns_waiting.get() && self.has_room())
+            && !self.is_over();
+        if idle && self.remote.fall_asleep() {
             self.publish();
             self.driver.with(|driver| driver.enter(true));
             self.remote.wake_up();
@@ -429,6 +436,7 @@ impl Worker {
         self.phase.get() != Phase::Running && self.live.get() == self.lost.get()
     }
 
+    #[cold]
     fn read_mail(&self) {
         while let Ok(control) = self.mailbox.controls.try_recv() {
             match control {
@@ -449,6 +457,7 @@ impl Worker {
             }
             taken = true;
         }
+        self.spawns_waiting.set(!self.has_room());
         if taken {
             self.remote.made_room();
         }
@@ -516,6 +525,11 @@ pub(super) fn no_room(limit: usize) -> Error {
 }
 
 impl Worker {
+    /// Bytes of a fiber's stack, as asked for.
+    pub(super) fn stack_bytes(&self) -> usize {
+        self.limits.stack_bytes.max(STACK_BYTES_MIN)
+    }
+
     /// The most fibers this worker may have.
     pub(super) fn fibers_max(&self) -> usize {
         self.limits.fibers_max

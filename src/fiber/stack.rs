@@ -54,7 +54,8 @@ pub(crate) struct FiberStack {
 }
 
 impl FiberStack {
-    pub(crate) fn top(&self) -> usize {
+    #[cfg(test)]
+    fn top(&self) -> usize {
         self.top.get()
     }
 

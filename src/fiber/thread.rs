@@ -102,21 +102,31 @@ impl ThreadRing {
             if let Some((_, completion)) = self.driver.next() {
                 return Some(completion);
             }
-            while let Ok(control) = self.mailbox.controls.try_recv() {
-                if let Control::CancelOperation(cancelled) = control
-                    && let Err(Full) = self.driver.cancel(cancelled)
-                {
-                    // Nothing else is queued here, so entering makes room; ask again.
-                    let _ = self.remote.send(Control::CancelOperation(cancelled));
-                }
+            if self.remote.take_mail() {
+                self.read_mail();
             }
-            if self.remote.fall_asleep(&self.mailbox, false) {
+            if self.remote.fall_asleep() {
                 self.driver.enter(true);
                 self.remote.wake_up();
             }
             let refused = self.driver.counters().enters_refused - refused_before;
             if refused >= ENTERS_REFUSED_MAX && self.driver.counters().sqes == submitted_before {
                 return None;
+            }
+        }
+    }
+}
+
+impl ThreadRing {
+    #[cold]
+    fn read_mail(&mut self) {
+        while let Ok(control) = self.mailbox.controls.try_recv() {
+            if let Control::CancelOperation(cancelled) = control
+                && let Err(Full) = self.driver.cancel(cancelled)
+            {
+                // Nothing else is queued here, so the next enter makes room; ask again then.
+                let _ = self.remote.send(Control::CancelOperation(cancelled));
+                return;
             }
         }
     }

@@ -556,18 +556,14 @@ impl Socket {
             flags,
         };
         let mut sent = match fiber::attempt_directly(&mut op) {
+            None if timeout_ns > 0 => return self.send_some(bytes, flags, timeout_ns),
+            None => 0,
             Some(code) if code < 0 => return Err(error_from_outcome(code)),
-            sent => sent.unwrap_or(0) as usize,
+            Some(sent) if timeout_ns > 0 || sent as usize == bytes.len() => {
+                return Ok(sent as usize);
+            }
+            Some(sent) => sent as usize,
         };
-        if timeout_ns > 0 {
-            return match sent {
-                0 => self.send_some(bytes, flags, timeout_ns),
-                sent => Ok(sent),
-            };
-        }
-        if sent > 0 && sent == bytes.len() {
-            return Ok(sent);
-        }
         // Blocking mode: send(2) returns when all is queued, or with what was queued before an error.
         loop {
             match self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, BLOCKING) {
@@ -728,8 +724,8 @@ impl Socket {
     /// from now on do, too. When `close` returns, those calls have ended and the connection's peer has been told (unless a
     /// descriptor made by `dup` or `fork` is still open). Closing again does nothing.
     ///
-    /// The descriptor's number stays taken until the last handle is dropped, so it cannot come to name something else in
-    /// between. Dropping the last handle closes as well; `close` is for the moment when others still hold one. Of several
+    /// The descriptor's number stays taken until the last handle is dropped (a moment longer where another worker was told to
+    /// end its calls), so it cannot come to name something else in between. Dropping the last handle closes as well; `close` is for the moment when others still hold one. Of several
     /// closers only the first waits, and a fiber that is cancelled meanwhile does not.
     ///
     /// With `SO_LINGER` and a time above 0 the kernel makes closing wait for unsent data, by `close` and by dropping alike, and
