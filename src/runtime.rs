@@ -219,6 +219,7 @@ impl RuntimeBuilder {
         self.config = Config {
             sq_entries: submission.clamp(2, 32_768).next_power_of_two(),
             cq_per_sq: completion_per_submission.clamp(2, 32),
+            ..Config::worker()
         };
         self
     }

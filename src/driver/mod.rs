@@ -43,7 +43,7 @@ use crate::error::Result;
 use crate::sys;
 use ::slab::Slab;
 use features::Features;
-use slab::{Slots, TAG_CANCEL, TAG_EVENTFD, TAG_MESSAGE, TAG_RETRY, TAG_TIMER};
+use slab::{Slots, TAG_CANCEL, TAG_EVENTFD, TAG_LINKED, TAG_MESSAGE, TAG_RETRY, TAG_TIMER};
 use uring::Uring;
 
 /// The size of a ring.
@@ -52,6 +52,9 @@ pub(crate) struct Config {
     pub(crate) sq_entries: u32,
     /// Completion-queue entries for each submission-queue entry.
     pub(crate) cq_per_sq: u32,
+    /// A timer that fires just as its operation ends holds the operation's file until the ring is entered again. A worker
+    /// enters all the time; a ring that is left alone after each operation waits for the timer's CQE, too.
+    pub(crate) awaits_timers: bool,
 }
 
 impl Config {
@@ -60,6 +63,7 @@ impl Config {
         Config {
             sq_entries: 256,
             cq_per_sq: 8,
+            awaits_timers: false,
         }
     }
 
@@ -68,6 +72,7 @@ impl Config {
         Config {
             sq_entries: 8,
             cq_per_sq: 2,
+            awaits_timers: true,
         }
     }
 }
@@ -137,6 +142,9 @@ pub(crate) struct Driver {
     retry_armed: bool,
     /// What `tick` lends to the kernel.
     tick: Box<Timespec>,
+    /// The CQEs of linked timers are wanted (see `Config::awaits_timers`), and so many are on their way.
+    awaits_timers: bool,
+    timers: u32,
 }
 
 /// How long a cancel that missed waits before it is repeated.
@@ -164,6 +172,8 @@ impl Driver {
             missed: Vec::new(),
             retry_armed: false,
             tick: Box::new(Timespec::new()),
+            awaits_timers: config.awaits_timers,
+            timers: 0,
         })
     }
 
@@ -181,6 +191,8 @@ impl Driver {
             missed: Vec::new(),
             retry_armed: false,
             tick: Box::new(Timespec::new()),
+            awaits_timers: false,
+            timers: 0,
         }
     }
 
@@ -287,13 +299,20 @@ impl Driver {
                 // A connect that the kernel keeps retrying can be missed by its timer as by a cancel (see `cancel`), so that
                 // timer's outcome is looked at.
                 let watch = matches!(op, Op::Connect { .. }) && timeout.is_some();
-                let tag = match watch {
-                    true => TAG_CANCEL | (self.cancels.insert(key) as u64) << 32,
-                    false => TAG_TIMER,
+                let tag = if watch {
+                    TAG_CANCEL | (self.cancels.insert(key) as u64) << 32
+                } else if self.awaits_timers && timeout.is_some() {
+                    self.timers += 1;
+                    TAG_LINKED
+                } else {
+                    TAG_TIMER
                 };
                 let prepared = uring.prepare(op, key, timeout, tag, &mut self.counters);
-                if watch && prepared.is_err() {
-                    self.cancels.remove((tag >> 32) as usize);
+                if prepared.is_err() {
+                    if watch {
+                        self.cancels.remove((tag >> 32) as usize);
+                    }
+                    self.timers -= u32::from(tag == TAG_LINKED);
                 }
                 prepared
             },
@@ -423,6 +442,7 @@ impl Driver {
                     self.missed.push(key);
                 }
             }
+            TAG_LINKED => self.timers -= 1,
             TAG_RETRY => {
                 self.retry_armed = false;
                 for key in std::mem::take(&mut self.missed) {
@@ -440,6 +460,28 @@ impl Driver {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Whether no request about finished operations (their timers, cancels) is the kernel's any more.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.timers == 0 && self.cancels.is_empty()
+    }
+
+    /// Runs what the kernel has deferred, so that finished operations let go of their files.
+    pub(crate) fn settle(&mut self) {
+        match &mut self.backend {
+            Backend::Uring(uring) => {
+                // A timer that fired late posts its CQE in one round and lets go of its operation in the next.
+                for _ in 0..4 {
+                    if !uring.has_deferred() {
+                        return;
+                    }
+                    uring.enter(false, &mut self.counters);
+                }
+            }
+            #[cfg(test)]
+            Backend::Scripted(_) => {}
         }
     }
 

@@ -36,6 +36,8 @@ pub(crate) const TAG_CANCEL: u64 = TAG_FIRST as u64 + 1;
 pub(crate) const TAG_WAKE: u64 = TAG_FIRST as u64 + 2;
 /// What became of a message to another ring; the upper half says which.
 pub(crate) const TAG_MESSAGE: u64 = TAG_FIRST as u64 + 3;
+/// The timer linked to an operation, on a driver that waits for its end too.
+pub(crate) const TAG_LINKED: u64 = TAG_FIRST as u64 + 6;
 /// It is time to repeat the cancels that missed.
 pub(crate) const TAG_RETRY: u64 = TAG_FIRST as u64 + 5;
 /// The poll of the wake-up eventfd.

@@ -558,6 +558,7 @@ mod tests {
         Config {
             sq_entries: 4,
             cq_per_sq: 2,
+            awaits_timers: false,
         }
     }
 
@@ -586,6 +587,7 @@ mod tests {
         let config = Config {
             sq_entries: 64,
             cq_per_sq: 2,
+            awaits_timers: false,
         };
         let ring = climb(config, &mut features, |builder, entries| {
             if entries > 16 {

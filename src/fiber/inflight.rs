@@ -191,6 +191,7 @@ impl InFlight {
 
     /// On the owner's thread: cancels what is in flight there.
     fn cancel_own(&self, worker: &Worker) {
+        worker.settle();
         for key in &self.keys {
             worker.cancel(Key(key.load(Ordering::Relaxed)));
         }

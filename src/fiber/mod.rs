@@ -208,6 +208,14 @@ fn current() -> Option<(&'static Worker, FiberRef)> {
     Some((worker, worker.current()?))
 }
 
+/// After the last handle of a socket has closed its descriptor: operations of this thread that ended before hold the file no
+/// longer.
+pub(crate) fn settle() {
+    if let Some(worker) = worker() {
+        worker.settle();
+    }
+}
+
 /// The clock that deadlines are measured by, in nanoseconds.
 pub(crate) fn now_ns() -> i64 {
     match worker() {

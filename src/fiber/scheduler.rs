@@ -295,6 +295,11 @@ impl Worker {
         }
     }
 
+    /// Lets finished operations let go of their files now, rather than at the end of the turn.
+    pub(super) fn settle(&self) {
+        self.driver.with(|driver| driver.settle());
+    }
+
     /// Cancels the operation `key` of this worker.
     pub(super) fn cancel(&self, key: Key) {
         if let Err(Full) = self.driver.with(|driver| driver.cancel(key)) {

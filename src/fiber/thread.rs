@@ -97,10 +97,15 @@ impl ThreadRing {
     /// Waits for the completion of the only operation; `None` if the kernel takes none.
     fn wait(&mut self, submitted_before: u64) -> Option<Completion> {
         let refused_before = self.driver.counters().enters_refused;
+        let mut completed = None;
         loop {
             // The slot has one operation at a time, so whatever is delivered is its completion.
-            if let Some((_, completion)) = self.driver.next() {
-                return Some(completion);
+            while let Some((_, completion)) = self.driver.next() {
+                completed = Some(completion);
+            }
+            if completed.is_some() && self.driver.is_settled() {
+                self.driver.settle();
+                return completed;
             }
             if self.remote.take_mail() {
                 self.read_mail();

@@ -127,6 +127,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // The last handle is gone, and with it every call. Open or closed, the number is ours.
         sys::close(self.fd);
+        fiber::settle();
     }
 }
 
@@ -726,7 +727,8 @@ impl Socket {
     ///
     /// The descriptor's number stays taken until the last handle is dropped (a moment longer where another worker was told to
     /// end its calls), so it cannot come to name something else in between. Dropping the last handle closes as well; `close` is for the moment when others still hold one. Of several
-    /// closers only the first waits, and a fiber that is cancelled meanwhile does not.
+    /// closers only the first waits, and a fiber that is cancelled meanwhile does not. Calls that never wait (non-blocking mode,
+    /// `MSG_DONTWAIT`) are not waited for.
     ///
     /// With `SO_LINGER` and a time above 0 the kernel makes closing wait for unsent data, by `close` and by dropping alike, and
     /// that holds up the whole thread: let a thread of its own do it, or leave lingering to the kernel (the default).
