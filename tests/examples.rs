@@ -918,3 +918,65 @@ fn without_io_uring_one_line_names_the_remedy() {
         }
     }
 }
+
+// io_uring_enter fails.
+
+/// Every fourth io_uring_enter from the third on fails, before it submitted anything: nothing may be lost, repeated or reordered.
+#[test]
+fn refused_and_interrupted_enters_lose_nothing() {
+    let _turn = turn();
+    if Command::new("strace").arg("-V").output().is_err() {
+        println!("skipped: strace is not installed");
+        return;
+    }
+    let seed = seed();
+    for error in ["EINTR", "EAGAIN", "EBUSY", "ENOMEM"] {
+        let mut command = Command::new("strace");
+        command
+            .args([
+                "-f",
+                "-qq",
+                "-o",
+                "/dev/null",
+                "-e",
+                "trace=io_uring_enter",
+                "-e",
+            ])
+            .arg(format!("inject=io_uring_enter:error={error}:when=3+4"))
+            .arg(example("echo_server"))
+            .args(["--bind", "127.0.0.1:0", "--timeout", "60"]);
+        let mut strace = Process::start(&mut command, b"").unwrap();
+        let Some(line) = strace.try_line() else {
+            println!("skipped: strace may not trace here ({:?})", strace.wait());
+            return;
+        };
+        let address = line.trim().trim_start_matches("listening on ").to_owned();
+        thread::scope(|scope| {
+            for client in 0..8 {
+                let address = &address;
+                scope.spawn(move || {
+                    let mut random = Random::new(seed + client);
+                    let mut stream = std::net::TcpStream::connect(address).unwrap();
+                    stream
+                        .set_read_timeout(Some(Duration::from_secs(60)))
+                        .unwrap();
+                    for _ in 0..20 {
+                        let len = 1 + random.up_to(20_000);
+                        let sent = random.bytes(len);
+                        stream.write_all(&sent).unwrap();
+                        let mut echoed = vec![0; sent.len()];
+                        stream.read_exact(&mut echoed).unwrap();
+                        assert!(sent == echoed, "{error}, seed {seed}, client {client}");
+                    }
+                });
+            }
+        });
+        // The server is strace's child, and would go on without it.
+        let children = format!("/proc/{pid}/task/{pid}/children", pid = strace.pid());
+        for child in fs::read_to_string(children).unwrap().split_whitespace() {
+            // SAFETY: no memory is passed; the process is one that this test started.
+            unsafe { libc::kill(child.parse().unwrap(), libc::SIGKILL) };
+        }
+        strace.wait();
+    }
+}
