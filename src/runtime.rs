@@ -72,8 +72,8 @@ impl Shared {
 /// Runs `main` in a fiber, with the calling thread as the only worker: its result.
 ///
 /// When `main` returns, the runtime ends: the calls of other fibers fail with [`Error::Shutdown`], and `run` returns once they
-/// have ended. A fiber that goes on all the same is unwound after a grace period of one second. A panic in `main` goes on in
-/// the caller.
+/// have ended. A fiber that goes on all the same is unwound after a grace period of one second
+/// ([`shutdown_grace`](RuntimeBuilder::shutdown_grace) has the details). A panic in `main` goes on in the caller.
 ///
 /// # Panics
 ///
@@ -112,7 +112,13 @@ where
 /// ```
 pub struct Runtime {
     handle: Handle,
-    threads: Vec<thread::JoinHandle<()>>,
+    threads: Vec<WorkerThread>,
+}
+
+struct WorkerThread {
+    thread: thread::JoinHandle<()>,
+    /// Says when the worker has ended how many fibers it gave up.
+    lost: crossbeam_channel::Receiver<usize>,
 }
 
 impl Runtime {
@@ -138,8 +144,11 @@ impl Drop for Runtime {
         if inside {
             return;
         }
-        for thread in self.threads.drain(..) {
-            join_thread(thread);
+        for WorkerThread { thread, lost } in self.threads.drain(..) {
+            // A thread with fibers that were given up stays, as they do.
+            if lost.recv().unwrap_or(0) == 0 {
+                join_thread(thread);
+            }
         }
     }
 }
@@ -189,14 +198,16 @@ impl RuntimeBuilder {
         self
     }
 
-    /// Bytes of a fiber's stack: 256 KiB if not said, at least 16 KiB. Only what a fiber touches takes memory.
+    /// Bytes of a fiber's stack: 256 KiB if not said, at least 16 KiB, at most 1 GiB. Only what a fiber touches takes memory, but
+    /// each stack takes as much address space, which a worker keeps for later fibers. A fiber that overflows its stack ends
+    /// the process, with a message that names the fiber.
     pub fn stack_size(mut self, bytes: usize) -> RuntimeBuilder {
-        self.limits.stack_bytes = bytes;
+        self.limits.stack_bytes = bytes.min(1 << 30);
         self
     }
 
     /// How many fibers each worker may have, at least 1: 1,048,576 if not said. [`spawn`](crate::spawn) waits while there is no
-    /// room.
+    /// room, so fibers that all wait to spawn on a full worker wait for ever: leave room for those that others wait for.
     pub fn max_fibers(mut self, fibers: usize) -> RuntimeBuilder {
         self.limits.fibers_max = fibers.max(1);
         self
@@ -210,7 +221,7 @@ impl RuntimeBuilder {
     }
 
     /// Entries of each worker's submission queue (256 if not said; a power of two from 2 to 32,768) and of its completion queue
-    /// for each of them (8 if not said, at least 2). Where memory is short the kernel gets what it accepts.
+    /// for each of them (8 if not said, 2 to 32). Where memory is short the kernel gets what it accepts.
     pub fn ring_entries(
         mut self,
         submission: u32,
@@ -225,6 +236,12 @@ impl RuntimeBuilder {
     }
 
     /// How long fibers may go on at shutdown before they are unwound: one second if not said.
+    ///
+    /// From then on each call that would wait, and [`yield_now`](crate::yield_now), unwinds the fiber, at most three times if it
+    /// catches that. After as long again (at least a second), or at once where panics abort, fibers that are left are given
+    /// up: their destructors never run, their stacks and their thread stay, they are counted
+    /// ([`fibers_lost`](crate::Metrics::fibers_lost)) and logged. A fiber that computes without ever waiting cannot be ended;
+    /// the shutdown waits for it.
     pub fn shutdown_grace(mut self, grace: Duration) -> RuntimeBuilder {
         self.limits.grace = grace;
         self
@@ -312,6 +329,7 @@ impl RuntimeBuilder {
     fn start(&self, index: usize) -> Result<(WorkerEntry, PendingThread)> {
         let (report, reported) = bounded::<Result<WorkerEntry>>(1);
         let (go, went) = bounded::<Handle>(1);
+        let (report_lost, lost) = bounded::<usize>(1);
         let builder = self.clone();
         let thread = thread::Builder::new()
             .name(format!("ringsock-{index}"))
@@ -332,10 +350,17 @@ impl RuntimeBuilder {
                 let _signal_stack = SignalStack::install();
                 let _current = CurrentHandle::enter(handle);
                 worker.run();
+                let _ = report_lost.send(worker.lost());
             })
             .map_err(Error::from)?;
         match reported.recv() {
-            Ok(Ok(entry)) => Ok((entry, PendingThread { thread, go })),
+            Ok(Ok(entry)) => Ok((
+                entry,
+                PendingThread {
+                    thread: WorkerThread { thread, lost },
+                    go,
+                },
+            )),
             Ok(Err(error)) => {
                 join_thread(thread);
                 Err(error)
@@ -363,12 +388,12 @@ fn share(workers: Vec<WorkerEntry>) -> Handle {
 
 /// A worker thread that waits for its runtime.
 struct PendingThread {
-    thread: thread::JoinHandle<()>,
+    thread: WorkerThread,
     go: crossbeam_channel::Sender<Handle>,
 }
 
 impl PendingThread {
-    fn go(self, handle: &Handle) -> thread::JoinHandle<()> {
+    fn go(self, handle: &Handle) -> WorkerThread {
         // It waits in recv, so it is there to receive.
         let _ = self.go.send(handle.clone());
         self.thread
@@ -678,7 +703,14 @@ where
         }
     }
     if listener.settimeout(Timeout::from(0)).is_ok() {
-        while listener.accept().and_then(&start).is_ok() {}
+        loop {
+            match listener.accept().and_then(&start) {
+                Ok(()) => {}
+                Err(error) if error.errno() == Some(libc::ECONNABORTED) => {}
+                // EAGAIN: the backlog is empty. Anything else (no descriptor, no memory) is not waited for any more.
+                Err(_) => break,
+            }
+        }
     }
 }
 

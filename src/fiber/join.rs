@@ -19,6 +19,8 @@ pub enum JoinError {
     Panic(Box<dyn Any + Send + 'static>),
     /// The runtime ended it (or never started it) at shutdown.
     Shutdown,
+    /// It could not be started on its worker: `ENOMEM`, no memory for its stack.
+    NotStarted(Error),
     /// It was not the fiber but the waiting that ended: the joining fiber was interrupted, or a deadline passed. The fiber
     /// goes on, detached.
     Interrupted(Error),
@@ -42,6 +44,7 @@ impl fmt::Debug for JoinError {
                 .field(&panic_text(&**payload))
                 .finish(),
             JoinError::Shutdown => f.write_str("Shutdown"),
+            JoinError::NotStarted(error) => f.debug_tuple("NotStarted").field(error).finish(),
             JoinError::Interrupted(error) => f.debug_tuple("Interrupted").field(error).finish(),
         }
     }
@@ -54,6 +57,7 @@ impl fmt::Display for JoinError {
                 write!(f, "the fiber panicked: {}", panic_text(&**payload))
             }
             JoinError::Shutdown => f.write_str("the runtime ended before the fiber did"),
+            JoinError::NotStarted(error) => write!(f, "the fiber could not be started: {error}"),
             JoinError::Interrupted(error) => {
                 write!(f, "waiting for the fiber was interrupted: {error}")
             }
@@ -168,6 +172,7 @@ impl<T> JoinHandle<T> {
     ///
     /// - [`JoinError::Panic`]: the fiber panicked.
     /// - [`JoinError::Shutdown`]: the runtime ended first and with it the fiber.
+    /// - [`JoinError::NotStarted`]: no memory for the fiber's stack on another worker.
     /// - [`JoinError::Interrupted`]: the *joining* fiber was cancelled, its runtime is ending, or the deadline of an
     ///   enclosing [`timeout`](crate::timeout) passed. The fiber goes on, detached.
     ///
@@ -214,7 +219,7 @@ impl<T> JoinHandle<T> {
 
     /// Interrupts the fiber: the call it waits in, and every later call of it that may wait (all but those of sockets in
     /// non-blocking mode), fails with [`Error::Cancelled`]. What the interrupted call has already transferred is reported as
-    /// always.
+    /// always. It is for good: the fiber can clean up, but no longer wait for anything.
     pub fn cancel(&self) {
         let fiber = {
             let mut state = self.packet.lock();
@@ -275,7 +280,7 @@ where
     });
     let name = current()
         .and_then(|(_, fiber)| fiber.name().map(str::to_owned))
-        .unwrap_or_default();
+        .unwrap_or_else(|| "unnamed".to_owned());
     // Dropping a result nobody wants may panic as well; that must not reach the root.
     if let Err(payload) = catch_unwind(AssertUnwindSafe(|| packet.end(result, &name)))
         && !payload.is::<FiberUnwind>()
@@ -475,7 +480,7 @@ where
             && let Err(error) = start(worker, None, main, packet.clone())
         {
             log(format_args!("no fiber could be made: {error}"));
-            packet.abandon();
+            packet.end(Err(JoinError::NotStarted(error)), "");
         }
     }))?;
     // Put into a mailbox that nobody reads any more: whatever becomes of the closure, the handle is told.

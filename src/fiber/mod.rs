@@ -27,7 +27,8 @@
 //! the borrowing frame cannot end before the kernel is done with its memory. What keeps that true:
 //!
 //! 1. the scheduler never drops a suspended fiber, and resumes one that is `InOperation` only with its final CQE
-//!    ([`Worker::deliver`](scheduler::Worker)); a fiber that cannot be ended is leaked with its stack;
+//!    ([`Worker::deliver`](scheduler::Worker)); a fiber that cannot be ended is leaked with its stack and its thread's locals
+//!    (`keep_thread_locals`);
 //! 2. between submission and completion nothing in `suspend` can unwind, and an abort guard stands there in case;
 //! 3. a fiber stays on its thread: nothing of it is `Send`, and its worker's ring is that thread's alone;
 //! 4. a fiber's panic is caught at its root, after its frames are gone; one escaping there aborts the process;
@@ -288,6 +289,27 @@ fn create<F: FnOnce() + 'static>(
     // SAFETY: `reserve` kept this block, aligned to 64, above what the coroutine uses; the stack is ours alone.
     unsafe { address.write(block) };
     Ok(fiber)
+}
+
+/// Lets the calling thread, once it ends, wait for ever before its thread-locals go: frames of fibers that were given up on it
+/// may have lent those to other threads. The main thread goes on: with it the process ends.
+fn keep_thread_locals() {
+    struct Keep;
+    impl Drop for Keep {
+        fn drop(&mut self) {
+            // SAFETY: no memory is passed.
+            let thread_id = unsafe { libc::syscall(libc::SYS_gettid) };
+            if thread_id == libc::c_long::from(std::process::id() as i32) {
+                return;
+            }
+            loop {
+                std::thread::park();
+            }
+        }
+    }
+    // Destructors of thread-locals run last registered first, so this one, registered now, comes before those of the fibers.
+    thread_local!(static KEEP: Keep = const { Keep });
+    KEEP.with(|_| {});
 }
 
 /// In a child that a fiber forked, the fiber's end is the process's: the worker it would go back to is the parent's.
@@ -717,6 +739,7 @@ fn ring_bell(bell: &Arc<Bell>) {
 /// - `Cancelled`: the fiber's [`JoinHandle`](crate::JoinHandle) was cancelled.
 /// - `Shutdown`: the runtime is ending.
 /// - `Timeout`: the deadline of an enclosing [`timeout`] passed first.
+/// - `EAGAIN`: in a destructor that runs because the fiber panics, where nothing waits.
 /// - `Value`, `Overflow`: a duration that is negative, NaN or too long.
 ///
 /// # Source
@@ -776,7 +799,8 @@ pub fn yield_now() {
 ///
 /// `duration` takes the forms of [`settimeout`](crate::Socket::settimeout); `None` sets no deadline. While `block` runs, each
 /// call of it that waits (socket calls, [`sleep`], [`join`](crate::JoinHandle::join)) fails with `Timeout` at the deadline at
-/// the latest, and at once afterwards; what a call has already transferred is reported as always. Code that does not wait is
+/// the latest, and at once afterwards, even if it need not have waited; what a call has already transferred is reported as
+/// always. Code that does not wait is
 /// not interrupted. Of nested deadlines the earliest counts. It works on plain threads too.
 ///
 /// # Errors

@@ -100,7 +100,8 @@ fn install_handlers() {
 }
 
 extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid siginfo, and SIGSEGV and SIGBUS carry an address.
+    // SAFETY: the kernel passes a valid siginfo. Where kill(2) sent the signal, the address field holds other numbers, which lie
+    // in no guard.
     let address = unsafe { (*info).si_addr() } as usize;
     if let Some(worker) = super::worker()
         && let Some(fiber) = worker.current()
@@ -125,8 +126,12 @@ fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_
     let previous = PREVIOUS[index].get();
     match previous.map(|action| (action.sa_sigaction, action.sa_flags)) {
         None | Some((libc::SIG_DFL | libc::SIG_IGN, _)) => {
-            // SAFETY: restoring the default and returning repeats the faulting instruction, which then ends the process.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
+            // SAFETY: both are async-signal-safe. The signal, sent again, ends the process when this handler returns, whether
+            // a fault or kill(2) brought it.
+            unsafe {
+                libc::signal(signal, libc::SIG_DFL);
+                libc::raise(signal);
+            }
         }
         Some((handler, flags)) if flags & libc::SA_SIGINFO != 0 => {
             // SAFETY: the previous handler was installed with SA_SIGINFO, so it has this signature.

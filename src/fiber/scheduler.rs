@@ -503,6 +503,7 @@ impl Worker {
         self.remote.retire(&self.mailbox);
         let lost = self.live.get();
         if lost > 0 {
+            super::keep_thread_locals();
             log(format_args!(
                 "{lost} fibers could not be ended at shutdown; they keep their stacks until the process ends"
             ));
@@ -530,6 +531,11 @@ pub(super) fn no_room(limit: usize) -> Error {
 }
 
 impl Worker {
+    /// How many fibers were given up.
+    pub(crate) fn lost(&self) -> usize {
+        self.lost.get()
+    }
+
     /// Bytes of a fiber's stack, as asked for.
     pub(super) fn stack_bytes(&self) -> usize {
         self.limits.stack_bytes.max(STACK_BYTES_MIN)

@@ -76,8 +76,8 @@ impl ThreadRing {
         let timeout = (timeout_ns >= 0).then_some(&timer);
         let submitted_before = self.driver.counters().sqes;
         let key = self.driver.slots().begin(self.slot);
-        // SAFETY: `op`'s memory and `timer` stay borrowed by this frame, which ends only after the key's final CQE, or with the
-        // ring that never submitted it.
+        // SAFETY: `op`'s memory and `timer` stay borrowed by this frame, which ends only after the key's final CQE; or, where the
+        // kernel took nothing, `block` drops the ring with the queued entries before anything enters it again.
         while let Err(Full) = unsafe { self.driver.submit(op, key, timeout) } {
             self.driver.enter(false);
             while self.driver.next().is_some() {}

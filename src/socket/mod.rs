@@ -72,6 +72,8 @@ const FLAGS_THAT_WRITE: i32 =
 ///
 /// - `EBADF`: the socket was closed, also while the call waited.
 /// - [`Error::Cancelled`], [`Error::Shutdown`]: the calling fiber was cancelled, or its runtime is ending.
+/// - `EAGAIN` in any mode: the call would have to wait, in a destructor that runs because its fiber panics. Such a fiber is
+///   never suspended (the others would seem to panic), so there each call makes one attempt, and `close` does not wait.
 ///
 /// # Deadlocks to avoid
 ///
