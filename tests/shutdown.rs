@@ -508,6 +508,61 @@ fn a_fiber_given_up_keeps_its_buffer_safe() {
     child("child_keeps_a_buffer");
 }
 
+/// Its destructor shows that it ran.
+struct Lent(Arc<AtomicUsize>);
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.0.store(0, Ordering::SeqCst);
+    }
+}
+
+thread_local!(static LENT: Lent = Lent(Arc::new(AtomicUsize::new(7))));
+
+#[test]
+#[ignore = "run by a_fiber_given_up_keeps_its_threads_locals"]
+fn child_keeps_thread_locals() {
+    if !is_child() {
+        return;
+    }
+    let _turn = turn();
+    let runtime = Runtime::builder()
+        .shutdown_grace(Duration::ZERO)
+        .build()
+        .unwrap();
+    let (started, ready) = mpsc::channel();
+    // A fiber that borrows a thread-local for as long as it lives, and does not end.
+    let stubborn = runtime.handle().spawn(move || {
+        LENT.with(|lent| {
+            started.send(lent.0.clone()).unwrap();
+            loop {
+                let _ = catch_unwind(|| {
+                    let _ = sleep(1);
+                    ringsock::yield_now();
+                });
+            }
+        })
+    });
+    drop(stubborn.unwrap());
+    let lent = ready.recv_timeout(Duration::from_secs(60)).unwrap();
+    drop(runtime);
+    // Nothing tells that a destructor will not come; one that comes does so while the thread ends, at once.
+    for _ in 0..100 {
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(
+            lent.load(Ordering::SeqCst),
+            7,
+            "a borrowed thread-local was dropped"
+        );
+    }
+}
+
+#[test]
+fn a_fiber_given_up_keeps_its_threads_locals() {
+    let _turn = turn();
+    child("child_keeps_thread_locals");
+}
+
 // Dropped inside, spawned too late.
 
 #[test]
