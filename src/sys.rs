@@ -179,6 +179,15 @@ pub(crate) fn getsockopt(fd: RawFd, level: i32, option: i32, value: &mut [u8]) -
     if returned < 0 { -errno() } else { len as i32 }
 }
 
+/// What became of a connect that was under way (`SO_ERROR`): 0, or why it failed.
+pub(crate) fn connect_outcome(fd: RawFd) -> i32 {
+    let mut value = [0u8; 4];
+    match getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, &mut value) {
+        error if error < 0 => error,
+        _ => -i32::from_ne_bytes(value),
+    }
+}
+
 /// Sets an option from bytes.
 pub(crate) fn setsockopt(fd: RawFd, level: i32, option: i32, value: &[u8]) -> i32 {
     // SAFETY: pointer and length describe the borrowed bytes, read during the call only.

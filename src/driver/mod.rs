@@ -16,7 +16,8 @@
 //!
 //! From `prepare` to the final CQE the memory the operation names belongs to the kernel. A deadline or a cancel asks for an
 //! early end; only the operation's own CQE says what happened, so bytes that arrived and connections that were accepted are
-//! never lost. Timer and cancel CQEs carry tags nobody waits for.
+//! never lost. Timer and cancel CQEs bear tags and never decide: they are ignored, or tell that a cancel missed, or that the
+//! kernel has let go of a finished operation's file.
 //!
 //! # Waking a driver from another thread
 //!

@@ -338,7 +338,7 @@ mod tests {
                     1 => {
                         // A stranger: an old key, a tag, or noise.
                         let stray = match next() % 3 {
-                            0 => TAG_TIMER + next() % 5,
+                            0 => TAG_TIMER + next() % 7,
                             1 => [next(), 0, u64::MAX][(next() % 3) as usize],
                             _ => history.get(which).map_or(0, |key| key.0),
                         };

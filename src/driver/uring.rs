@@ -9,7 +9,7 @@
 //!
 //! Rules kept here:
 //! - an SQE is a promise: once pushed it *will* reach the kernel, so the memory it names belongs to the kernel from then on;
-//! - with a deadline the SQE is linked to a LINK_TIMEOUT whose CQE is skipped or ignored: the operation's own CQE is the verdict;
+//! - with a deadline the SQE is linked to a LINK_TIMEOUT whose CQE is no verdict: the operation's own CQE is;
 //! - EINTR, EAGAIN, EBUSY and ENOMEM of io_uring_enter leave SQEs queued; nothing is lost and each is counted.
 #![allow(unsafe_code)]
 

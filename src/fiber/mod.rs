@@ -455,8 +455,8 @@ pub(crate) fn suspend(
 /// to let others go first, and outside fibers.
 ///
 /// For sends, which almost never have to wait: the call costs about what the operation would cost on the ring, and saves the
-/// switch out and in. Through the ring, an echo takes 460 user instructions, this way 270; cycles are equal or better from 1
-/// to 64 connections.
+/// switch out and in. Through the ring, an echo takes 460 user instructions, this way 270, for the same CPU time (64 connections
+/// of 64 bytes, within the 2 % that two runs of one server differ by).
 #[inline(always)]
 pub(crate) fn attempt_directly(op: &mut Op<'_>) -> Option<i32> {
     let (worker, fiber) = current()?;
@@ -507,7 +507,7 @@ fn suspend_fiber(
     if completion.res >= 0 {
         return completion.res;
     }
-    failed(worker, fiber, op, completion.res, timeout_ns, target)
+    failed_in_fiber(worker, fiber, op, completion.res, timeout_ns, target)
 }
 
 /// Submits once the others have reaped: nothing of `op` is in flight before. A code if the fiber was interrupted meanwhile,
@@ -566,10 +566,10 @@ fn when_ready(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Direc
     }
 }
 
-/// What a failed operation means: who cancelled it, or whether it is to be tried again.
+/// What an operation that failed in a fiber means.
 #[cold]
 #[inline(never)]
-fn failed(
+fn failed_in_fiber(
     worker: &Worker,
     fiber: FiberRef,
     op: &mut Op<'_>,
@@ -577,12 +577,22 @@ fn failed(
     timeout_ns: i64,
     target: Option<(&InFlight, Direction)>,
 ) -> i32 {
-    let closed = target.is_some_and(|(inflight, _)| inflight.is_closed());
+    let ended_early = matches!(-res, libc::ECANCELED | libc::EINTR);
+    if ended_early && !is_closed(target) && fiber.interrupt.get() & !interrupt::DEADLINE != 0 {
+        return interrupted(worker, fiber).unwrap_or(-libc::EINTR);
+    }
+    failed(op, res, timeout_ns, target)
+}
+
+/// What a failed operation means, if its fiber was not interrupted: who ended it, or whether it is to be tried again.
+fn failed(
+    op: &mut Op<'_>,
+    res: i32,
+    timeout_ns: i64,
+    target: Option<(&InFlight, Direction)>,
+) -> i32 {
     match -res {
-        libc::ECANCELED | libc::EINTR if closed => -libc::EBADF,
-        libc::ECANCELED | libc::EINTR if fiber.interrupt.get() & !interrupt::DEADLINE != 0 => {
-            interrupted(worker, fiber).unwrap_or(-libc::EINTR)
-        }
+        libc::ECANCELED | libc::EINTR if is_closed(target) => -libc::EBADF,
         // An operation that a kernel worker thread runs (connect on AF_UNIX) ends in EINTR when its timer fires.
         libc::ECANCELED | libc::EINTR if timeout_ns >= 0 => outcome::TIMED_OUT,
         libc::EINTR => again(op, timeout_ns, target),
@@ -591,7 +601,20 @@ fn failed(
     }
 }
 
-/// The way in for a fiber that is interrupted, has a deadline, is panicking, or was forked.
+fn is_closed(target: Option<(&InFlight, Direction)>) -> bool {
+    target.is_some_and(|(inflight, _)| inflight.is_closed())
+}
+
+/// The shorter of a call's timeout (below 0: none) and what is left of an enclosing deadline.
+fn sooner(timeout_ns: i64, left_ns: i64) -> i64 {
+    if timeout_ns < 0 || left_ns < timeout_ns {
+        left_ns
+    } else {
+        timeout_ns
+    }
+}
+
+/// The way in for a fiber that is interrupted, has a deadline, or is panicking.
 #[cold]
 #[inline(never)]
 fn suspend_interrupted(
@@ -614,9 +637,7 @@ fn suspend_interrupted(
             yield_fiber(worker, fiber);
             return interrupted(worker, fiber).unwrap_or(outcome::TIMED_OUT);
         }
-        if timeout_ns < 0 || left_ns < timeout_ns {
-            timeout_ns = left_ns;
-        }
+        timeout_ns = sooner(timeout_ns, left_ns);
     }
     suspend_fiber(worker, fiber, op, timeout_ns, target)
 }

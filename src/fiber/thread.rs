@@ -120,9 +120,7 @@ impl ThreadRing {
             }
         }
     }
-}
 
-impl ThreadRing {
     #[cold]
     fn read_mail(&mut self) {
         while let Ok(control) = self.mailbox.controls.try_recv() {
@@ -177,9 +175,7 @@ pub(super) fn block(
         if left_ns <= 0 {
             return outcome::TIMED_OUT;
         }
-        if timeout_ns < 0 || left_ns < timeout_ns {
-            timeout_ns = left_ns;
-        }
+        timeout_ns = super::sooner(timeout_ns, left_ns);
     }
     let res = match with_ring(|ring| ring.run(op, timeout_ns, target)) {
         Some(Some(res)) => res,
@@ -192,17 +188,7 @@ pub(super) fn block(
     if res >= 0 {
         return res;
     }
-    match -res {
-        libc::ECANCELED | libc::EINTR
-            if target.is_some_and(|(inflight, _)| inflight.is_closed()) =>
-        {
-            -libc::EBADF
-        }
-        libc::ECANCELED | libc::EINTR if timeout_ns >= 0 => outcome::TIMED_OUT,
-        libc::EINTR => block(op, timeout_ns, target),
-        libc::EAGAIN => super::when_ready(op, timeout_ns, target),
-        _ => res,
-    }
+    super::failed(op, res, timeout_ns, target)
 }
 
 /// Runs `op` by trying and by poll(2).
@@ -219,7 +205,7 @@ fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Dir
             Op::Connect { fd, .. } if connecting => match sys::poll(*fd, libc::POLLOUT, 0) {
                 0 => -libc::EAGAIN,
                 ready if ready < 0 => ready,
-                _ => return connect_outcome(*fd),
+                _ => return sys::connect_outcome(*fd),
             },
             _ => op.attempt(),
         };
@@ -229,7 +215,7 @@ fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Dir
             libc::EINTR => continue,
             _ => return res,
         }
-        if target.is_some_and(|(inflight, _)| inflight.is_closed()) {
+        if super::is_closed(target) {
             return -libc::EBADF;
         }
         let left_ns = deadline_ns.saturating_sub(sys::monotonic_ns());
@@ -240,14 +226,5 @@ fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Dir
         if let Some((fd, events)) = op.readiness() {
             sys::poll(fd, events, slice_ms);
         }
-    }
-}
-
-/// What became of a connect that was under way.
-pub(crate) fn connect_outcome(fd: std::os::fd::RawFd) -> i32 {
-    let mut value = [0u8; 4];
-    match sys::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, &mut value) {
-        error if error < 0 => error,
-        _ => -i32::from_ne_bytes(value),
     }
 }

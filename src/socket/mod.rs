@@ -351,7 +351,7 @@ impl Socket {
                     events: libc::POLLOUT,
                 };
                 self.run(op, Direction::Out)?;
-                sys::check(fiber::thread::connect_outcome(self.0.fd)).map(drop)
+                sys::check(sys::connect_outcome(self.0.fd)).map(drop)
             }
             other => other.map(drop),
         }
