@@ -921,7 +921,11 @@ fn the_smallest_ring_serves_500_fibers() {
                     }
                     spawn(move || echo(&right).unwrap());
                     let mut random = random.fork();
-                    spawn(move || check_echo(&left, 20, &mut random))
+                    spawn(move || {
+                        // Two entries for so many timers at once.
+                        sleep(0.001).unwrap();
+                        check_echo(&left, 20, &mut random)
+                    })
                 })
                 .collect();
             for client in clients {

@@ -35,6 +35,8 @@ pub(crate) enum Op<'a> {
         fd: RawFd,
         buffer: &'a mut [MaybeUninit<u8>],
         flags: i32,
+        /// A plain call has just found nothing, so the ring need not look before it waits.
+        found_nothing: bool,
     },
     /// send(2). The result is the number of bytes the kernel took.
     Send {
@@ -91,7 +93,9 @@ impl Op<'_> {
     #[inline(always)]
     pub(crate) fn attempt(&mut self) -> i32 {
         match self {
-            Op::Recv { fd, buffer, flags } => sys::recv(*fd, buffer, *flags | libc::MSG_DONTWAIT),
+            Op::Recv {
+                fd, buffer, flags, ..
+            } => sys::recv(*fd, buffer, *flags | libc::MSG_DONTWAIT),
             Op::Send { fd, buffer, flags } => sys::send(
                 *fd,
                 buffer,

@@ -31,6 +31,8 @@ use crate::sys;
 
 /// `IORING_REGISTER_RING_FDS`. The crate's own call keeps the index to itself, and we enter by hand.
 const REGISTER_RING_FDS: libc::c_uint = 20;
+/// `IORING_RECVSEND_POLL_FIRST`, which the crate keeps to itself.
+const RECVSEND_POLL_FIRST: u16 = 1 << 0;
 const ENTER_GETEVENTS: u32 = 1 << 0;
 const ENTER_REGISTERED_RING: u32 = 1 << 4;
 const ENTER_NO_IOWAIT: u32 = 1 << 7;
@@ -255,12 +257,18 @@ impl Uring {
         counters: &mut Counters,
     ) -> std::result::Result<(), Full> {
         let entry = match op {
-            Op::Recv { fd, buffer, flags } => opcode::Recv::new(
+            Op::Recv {
+                fd,
+                buffer,
+                flags,
+                found_nothing,
+            } => opcode::Recv::new(
                 types::Fd(*fd),
                 buffer.as_mut_ptr().cast(),
                 buffer.len().min(TRANSFER_BYTES_MAX) as u32,
             )
             .flags(*flags)
+            .ioprio(u16::from(*found_nothing) * RECVSEND_POLL_FIRST)
             .build(),
             Op::Send { fd, buffer, flags } => opcode::Send::new(
                 types::Fd(*fd),
@@ -623,6 +631,33 @@ mod tests {
                 builder.build(entries)
             });
             assert!(ring.is_ok(), "with {dropped} flags dropped");
+        }
+    }
+
+    /// A listening socket tells the two apart: looking at it first fails with ENOTCONN, waiting first does not.
+    #[test]
+    fn a_receive_that_found_nothing_waits_before_it_looks() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for (found_nothing, expected) in [(false, -libc::ENOTCONN), (true, -libc::ECANCELED)] {
+            let mut ring = Uring::new(tiny()).unwrap();
+            let mut counters = Counters::default();
+            let mut op = Op::Recv {
+                fd: listener.as_raw_fd(),
+                buffer: &mut [std::mem::MaybeUninit::uninit(); 16],
+                flags: 0,
+                found_nothing,
+            };
+            let deadline = Timespec::new().nsec(1_000_000);
+            // SAFETY: `op` and `deadline` outlive the loop, which ends with the only completion.
+            unsafe { ring.prepare(&mut op, Key(1), Some(&deadline), TAG_TIMER, &mut counters) }
+                .unwrap();
+            let completion = loop {
+                ring.enter(true, &mut counters);
+                if let Some((1, completion)) = ring.next(&mut counters) {
+                    break completion;
+                }
+            };
+            assert_eq!(completion.res, expected);
         }
     }
 }

@@ -22,7 +22,6 @@
 //! ```
 
 use std::cell::{Cell, RefCell, RefMut};
-use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -61,11 +60,47 @@ enum Phase {
     Unwinding { give_up_at_ns: i64 },
 }
 
+/// Fibers in the order they became ready, linked through their control blocks, which resuming them reads anyway.
+#[derive(Default)]
+struct ReadyQueue {
+    first: Cell<Option<FiberRef>>,
+    /// Meaningful while there is a first.
+    last: Cell<Option<FiberRef>>,
+}
+
+impl ReadyQueue {
+    #[inline]
+    fn is_empty(&self) -> bool {
+        self.first.get().is_none()
+    }
+
+    #[inline]
+    fn push(&self, fiber: FiberRef) {
+        fiber.next_ready.set(None);
+        match self.first.get() {
+            None => self.first.set(Some(fiber)),
+            Some(_) => {
+                if let Some(last) = self.last.get() {
+                    last.next_ready.set(Some(fiber));
+                }
+            }
+        }
+        self.last.set(Some(fiber));
+    }
+
+    #[inline]
+    fn pop(&self) -> Option<FiberRef> {
+        let fiber = self.first.get()?;
+        self.first.set(fiber.next_ready.get());
+        Some(fiber)
+    }
+}
+
 /// See the module's documentation.
 pub(crate) struct Worker {
     pub(super) driver: DriverCell,
     current: Cell<Option<FiberRef>>,
-    ready: RefCell<VecDeque<FiberRef>>,
+    ready: ReadyQueue,
     /// Cancels that found the submission queue full.
     cancels: RefCell<Vec<Key>>,
     stacks: RefCell<StackPool>,
@@ -98,7 +133,7 @@ impl Worker {
         Ok(Worker {
             driver: DriverCell::new(driver),
             current: Cell::new(None),
-            ready: RefCell::new(VecDeque::new()),
+            ready: ReadyQueue::default(),
             cancels: RefCell::new(Vec::new()),
             stacks: RefCell::new(StackPool::new(limits.stack_bytes)),
             remote,
@@ -205,7 +240,7 @@ impl Worker {
     #[inline]
     pub(super) fn make_ready(&self, fiber: FiberRef) {
         fiber.state.set(State::Ready);
-        self.ready.borrow_mut().push_back(fiber);
+        self.ready.push(fiber);
     }
 
     /// The fiber will never run again and keeps what it has.
@@ -405,15 +440,15 @@ impl Worker {
         if self.remote.take_mail() || (self.spawns_waiting.get() && self.has_room()) {
             self.read_mail();
         }
-        let ready = self.ready.borrow().len();
-        for _ in 0..ready {
-            let Some(fiber) = self.ready.borrow_mut().pop_front() else {
-                break;
-            };
+        let last = self.ready.last.get();
+        while let Some(fiber) = self.ready.pop() {
             self.resume(fiber);
+            if Some(fiber) == last {
+                break;
+            }
         }
         self.retry_cancels();
-        let idle = self.ready.borrow().is_empty()
+        let idle = self.ready.is_empty()
             && self.cancels.borrow().is_empty()
             && !(self.spawns_waiting.get() && self.has_room())
             && !self.is_over();

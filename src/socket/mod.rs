@@ -488,17 +488,25 @@ impl Socket {
             return Ok(0);
         }
         let flags = flags.bits();
-        let op = Op::Recv {
+        let mut op = Op::Recv {
             fd: self.0.fd,
             buffer,
             flags,
+            found_nothing: false,
         };
+        let timeout_ns = self.timeout_ns();
         // The error queue never makes a call wait, except on a ring.
-        if flags & (libc::MSG_DONTWAIT | libc::MSG_ERRQUEUE) != 0 {
+        if timeout_ns == NON_BLOCKING || flags & (libc::MSG_DONTWAIT | libc::MSG_ERRQUEUE) != 0 {
             return self.attempt(op);
         }
-        self.run(op, Direction::In)
-            .map(|received| received as usize)
+        // A plain call would be satisfied with less than MSG_WAITALL asks for.
+        if flags & libc::MSG_WAITALL == 0
+            && let Some(code) = fiber::attempt_in_turn(&mut op)
+        {
+            return received(code);
+        }
+        let target = Some((&self.0.inflight, Direction::In));
+        received(fiber::suspend(&mut op, timeout_ns, target))
     }
 
     // Sending.
@@ -994,6 +1002,15 @@ impl Socket {
     fn attempt(&self, mut op: Op<'_>) -> Result<usize> {
         sys::check(op.attempt()).map(|count| count as usize)
     }
+}
+
+/// What a receive came to.
+#[inline(always)]
+fn received(code: i32) -> Result<usize> {
+    if code >= 0 {
+        return Ok(code as usize);
+    }
+    Err(error_from_outcome(code))
 }
 
 #[cfg(test)]
