@@ -119,14 +119,17 @@ impl<T> Packet<T> {
     }
 
     /// Stores the result for the handle; without a handle it is dropped here, on the fiber's stack, and a panic logged.
-    fn end(&self, result: std::result::Result<T, JoinError>, name: &str) {
+    fn end(&self, result: std::result::Result<T, JoinError>) {
         let mut state = self.lock();
         match state.outcome {
             Outcome::Detached => {
                 drop(state);
                 if let Err(JoinError::Panic(payload)) = &result {
+                    let fiber = current().map(|(_, fiber)| fiber);
+                    let name = fiber.as_ref().and_then(|fiber| fiber.name());
                     log(format_args!(
-                        "a fiber that nobody joins ('{name}') panicked: {}",
+                        "a fiber that nobody joins ('{}') panicked: {}",
+                        name.unwrap_or("unnamed"),
                         panic_text(&**payload)
                     ));
                 }
@@ -278,11 +281,8 @@ where
             JoinError::Panic(payload)
         }
     });
-    let name = current()
-        .and_then(|(_, fiber)| fiber.name().map(str::to_owned))
-        .unwrap_or_else(|| "unnamed".to_owned());
     // Dropping a result nobody wants may panic as well; that must not reach the root.
-    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| packet.end(result, &name)))
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| packet.end(result)))
         && !payload.is::<FiberUnwind>()
     {
         log(format_args!(
@@ -480,7 +480,7 @@ where
             && let Err(error) = start(worker, None, main, packet.clone())
         {
             log(format_args!("no fiber could be made: {error}"));
-            packet.end(Err(JoinError::NotStarted(error)), "");
+            packet.end(Err(JoinError::NotStarted(error)));
         }
     }))?;
     // Put into a mailbox that nobody reads any more: whatever becomes of the closure, the handle is told.
