@@ -980,3 +980,23 @@ fn refused_and_interrupted_enters_lose_nothing() {
         strace.wait();
     }
 }
+
+// Many fibers.
+
+#[test]
+fn thousands_of_parked_fibers_wake_answer_and_end() {
+    let finished = run_example("million", ["--fibers", "20000"]);
+    assert!(finished.status.success(), "{finished:?}");
+    let stdout = String::from_utf8_lossy(&finished.stdout);
+    assert!(stdout.starts_with("20000 fibers parked"), "{finished:?}");
+    assert!(
+        stdout.contains("all woke, answered and ended"),
+        "{finished:?}"
+    );
+    let mappings: usize = stdout
+        .lines()
+        .find_map(|line| line.strip_prefix("mappings: ")?.parse().ok())
+        .expect("the number of mappings");
+    // A kernel without guard markers (before 6.13) needs two mappings a stack.
+    assert!(mappings <= 50 || mappings > 40_000, "{finished:?}");
+}

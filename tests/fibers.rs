@@ -230,6 +230,30 @@ fn a_large_closure_arrives_whole() {
 }
 
 #[test]
+fn closures_of_every_size_arrive_whole() {
+    fn check<const N: usize>() {
+        let bytes = std::array::from_fn::<u8, N, _>(|index| index as u8);
+        let fiber = spawn(move || bytes.iter().map(|byte| usize::from(*byte)).sum::<usize>());
+        let expected: usize = (0..N).map(|index| index % 256).sum();
+        assert_eq!(fiber.join().unwrap(), expected, "{N} bytes");
+    }
+    // What fits on the fiber's stack ends somewhere here.
+    run(|| {
+        check::<0>();
+        check::<960>();
+        check::<992>();
+        check::<1000>();
+        check::<1008>();
+        check::<1016>();
+        check::<1024>();
+        check::<1032>();
+        check::<1500>();
+        check::<2048>();
+        check::<2056>();
+    });
+}
+
+#[test]
 fn many_fibers_wait_for_one_after_another() {
     let sum = run(|| {
         let mut last = spawn(|| 0);
