@@ -7,7 +7,7 @@ mod common;
 
 use std::error::Error;
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -49,7 +49,10 @@ fn echo(conn: Socket, config: Arc<ServerConfig>, timeout: f64) -> Result<(), Box
     // Whatever ended it, the peer learns that nothing is missing from what it got.
     stream.conn.send_close_notify();
     let ended = stream.flush();
-    Ok(echoed.and(ended)?)
+    match echoed.and(ended) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Err("no close_notify".into()),
+        result => Ok(result?),
+    }
 }
 
 fn send_back(stream: &mut (impl Read + Write)) -> io::Result<()> {

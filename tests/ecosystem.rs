@@ -31,8 +31,11 @@ const MIB: usize = 1 << 20;
 const TLS: &str = "tls_echo_server";
 const WEBSOCKET: &str = "websocket_echo";
 
-/// Kills the server, which ran to the end without another word on standard output: what it said of its clients, line by line.
-fn reports(mut server: EchoServer, program: &str) -> Vec<String> {
+/// Waits until the server has only so many sockets, its listeners included, and kills it. It ran to the end and said no more on
+/// standard output: what it said of its clients, line by line.
+fn reports(mut server: EchoServer, program: &str, sockets: usize) -> Vec<String> {
+    let pid = server.process.pid();
+    eventually("the connections are closed", || sockets_of(pid) == sockets);
     server.process.signal(libc::SIGKILL);
     let finished = server.process.wait();
     assert_eq!(finished.status.signal(), Some(libc::SIGKILL));
@@ -42,6 +45,14 @@ fn reports(mut server: EchoServer, program: &str) -> Vec<String> {
         assert!(line.starts_with(&format!("{program}: ")), "{finished:?}");
     }
     lines
+}
+
+/// How many sockets the process has open.
+fn sockets_of(pid: u32) -> usize {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).expect("a running process");
+    open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+        .filter(|link| link.to_string_lossy().starts_with("socket:"))
+        .count()
 }
 
 /// Where a server over IPv4 or IPv6 listens, as two arguments of a client.
@@ -265,11 +276,11 @@ print('all well')
     if !has_python() {
         return;
     }
-    for workers in ["1", "2"] {
+    for (workers, listeners) in [("1", 1), ("2", 2)] {
         let server = TlsServer::v4(&["--workers", workers]);
         let script = [PYTHON_TLS, SCRIPT].concat();
         python(&script, &server.python_args(), None);
-        let reports = reports(server.server, TLS);
+        let reports = reports(server.server, TLS, listeners);
         // The two that did not trust the certificate said so.
         assert_eq!(reports.len(), 2, "{reports:?}");
         for report in reports {
@@ -369,10 +380,10 @@ fn a_tcp_end_without_close_notify_gets_its_echo_and_is_reported() {
             stream.sock.half_close().expect("shutdown");
         });
     }
-    let reports = reports(server.server, TLS);
+    let reports = reports(server.server, TLS, 1);
     assert_eq!(reports.len(), 2, "{reports:?}");
     for report in reports {
-        assert!(report.contains("close_notify"), "{report}");
+        assert!(report.ends_with(": no close_notify"), "{report}");
     }
 }
 
@@ -418,21 +429,11 @@ fn whoever_does_not_speak_tls_disturbs_no_session() {
     round_trip(&mut live, b"after").expect("one echo");
     round_trip(&mut server.connect(), b"new").expect("one echo");
     drop(live);
-    let descriptors = "the connections are closed";
-    eventually(descriptors, || sockets_of(server.server.process.pid()) == 1);
     // One line for each that broke off, the two sessions of the end included.
-    let reports = reports(server.server, TLS);
+    let reports = reports(server.server, TLS, 1);
     assert_eq!(reports.len(), 9, "{reports:#?}");
     let handshakes = reports.iter().filter(|line| line.contains("handshake: "));
     assert_eq!(handshakes.count(), 6, "{reports:#?}");
-}
-
-/// How many sockets the process has open.
-fn sockets_of(pid: u32) -> usize {
-    let open = fs::read_dir(format!("/proc/{pid}/fd")).expect("a running process");
-    open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
-        .filter(|link| link.to_string_lossy().starts_with("socket:"))
-        .count()
 }
 
 /// Connects and sends a byte of `head` about every 20 ms, then its last byte again and again, with a round trip of `live` after
@@ -477,10 +478,7 @@ fn a_tls_handshake_that_stalls_or_dribbles_ends_while_others_are_served() {
     assert_eq!(silent.read(&mut [0; 16]).expect("the end"), 0);
     live.conn.send_close_notify();
     live.flush().expect("sending");
-    eventually("the connections are closed", || {
-        sockets_of(server.server.process.pid()) == 1
-    });
-    let reports = reports(server.server, TLS);
+    let reports = reports(server.server, TLS, 1);
     assert_eq!(reports.len(), 2, "{reports:?}");
     for report in reports {
         assert!(report.ends_with("handshake: timed out"), "{report}");
@@ -535,7 +533,7 @@ fn a_silent_tls_session_ends_with_close_notify() {
     let after = started.elapsed();
     assert!(after >= Duration::from_millis(499), "after {after:?}");
     assert!(after < Duration::from_secs(10), "after {after:?}");
-    let reports = reports(server.server, TLS);
+    let reports = reports(server.server, TLS, 1);
     assert_eq!(reports.len(), 1, "{reports:?}");
     assert!(reports[0].ends_with(": timed out"), "{reports:?}");
 }
@@ -570,7 +568,7 @@ fn websocket_server(args: &[&str]) -> EchoServer {
 
 /// Where Python finds its `websockets` package, which is installed on first use; `None` (said on standard output) without it.
 fn websockets() -> Option<&'static Path> {
-    static MODULES: OnceLock<Option<PathBuf>> = OnceLock::new();
+    static MODULES: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     let modules = MODULES.get_or_init(|| {
         let modules = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python-websockets");
         let usable = |modules: &Path| {
@@ -583,7 +581,7 @@ fn websockets() -> Option<&'static Path> {
             finished.status.success()
         };
         if usable(&modules) {
-            return Some(modules);
+            return Ok(modules);
         }
         // Another test run may install at the same time: each into a directory of its own, and the first one's stays.
         let own = modules.with_extension(std::process::id().to_string());
@@ -602,24 +600,22 @@ fn websockets() -> Option<&'static Path> {
         }
         let _ = fs::remove_dir_all(&own);
         if usable(&modules) {
-            return Some(modules);
+            return Ok(modules);
         }
-        let reason = finished
-            .stderr
-            .lines()
-            .last()
-            .unwrap_or_default()
-            .to_owned();
-        println!("skipped: there is no websockets package for Python: {reason}");
-        None
+        let reason = finished.stderr.lines().last();
+        Err(reason.unwrap_or("it cannot be imported").to_owned())
     });
-    if modules.is_none() {
-        println!("skipped: there is no websockets package for Python");
+    match modules {
+        Ok(modules) => Some(modules),
+        Err(reason) => {
+            println!("skipped: there is no websockets package for Python: {reason}");
+            None
+        }
     }
-    modules.as_deref()
 }
 
-fn python_websockets(server: &EchoServer, script: &str) {
+/// Runs a Python client of the server: whether it can (it says so if not).
+fn python_websockets(server: &EchoServer, script: &str) -> bool {
     const PRELUDE: &str = r#"
 import asyncio, hashlib, random, sys
 import websockets
@@ -641,13 +637,14 @@ def closed_by_server(s, code, reason):
         assert error.rcvd_then_sent is True, error
 "#;
     if !has_python() {
-        return;
+        return false;
     }
     let Some(modules) = websockets() else {
-        return;
+        return false;
     };
     let script = [PRELUDE, script, "\nprint('all well')\n"].concat();
     python(&script, &host_and_port(server), Some(modules));
+    true
 }
 
 #[test]
@@ -737,9 +734,8 @@ with connect() as live:
         live.send(iter(parts))
         assert live.recv(60) == b''.join(parts)
 "#;
-    python_websockets(&server, script);
-    let reports = reports(server, WEBSOCKET);
-    if !reports.is_empty() {
+    if python_websockets(&server, script) {
+        let reports = reports(server, WEBSOCKET, 1);
         let codes = |what: &str| reports.iter().filter(|line| line.contains(what)).count();
         assert_eq!(reports.len(), 5, "{reports:#?}");
         assert_eq!(codes("UTF-8 encoding error"), 2, "{reports:#?}");
@@ -889,9 +885,7 @@ fn what_breaks_the_protocol_is_closed_with_1002_and_disturbs_nobody() {
     stream.reset();
     open(&server).half_close().expect("shutdown");
     others_are_served();
-    let reported = || sockets_of(server.process.pid()) == 2;
-    eventually("the connections are closed", reported);
-    assert_eq!(reports(server, WEBSOCKET).len(), 8);
+    assert_eq!(reports(server, WEBSOCKET, 2).len(), 8);
 }
 
 #[test]
@@ -912,9 +906,7 @@ fn what_is_no_websocket_handshake_gets_a_400() {
         assert!(answer.starts_with(start), "{answer:?} to {request:?}");
     }
     drop(open(&server));
-    let reported = || sockets_of(server.process.pid()) == 1;
-    eventually("the connections are closed", reported);
-    let reports = reports(server, WEBSOCKET);
+    let reports = reports(server, WEBSOCKET, 1);
     let handshakes = reports.iter().filter(|line| line.contains("handshake: "));
     assert_eq!(handshakes.count(), 4, "{reports:#?}");
 }
@@ -976,10 +968,7 @@ fn a_silent_websocket_is_closed_with_1001() {
     assert!(after >= Duration::from_millis(499), "after {after:?}");
     assert!(after < Duration::from_secs(10), "after {after:?}");
     drop(stream);
-    eventually("the connection is closed", || {
-        sockets_of(server.process.pid()) == 1
-    });
-    let reports = reports(server, WEBSOCKET);
+    let reports = reports(server, WEBSOCKET, 1);
     assert_eq!(reports.len(), 1, "{reports:?}");
     assert!(reports[0].ends_with("timed out"), "{reports:?}");
 }

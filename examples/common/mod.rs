@@ -52,14 +52,16 @@ impl Listen {
         let runtime = Runtime::builder().workers(self.workers.into()).build()?;
         let timeout = self.timeout;
         let server = self.start(&runtime, move |conn: Socket, peer: Address| {
+            // This handle of the socket goes last: whoever sees the connection closed finds the reason reported.
             let served = prepare(&conn, timeout).map_err(Box::from);
-            if let Err(error) = served.and_then(|()| handler(conn)) {
+            if let Err(error) = served.and_then(|()| handler(conn.clone())) {
                 let peer = match peer.port() {
                     Some(_) => peer.to_string(),
                     None => "a client".to_owned(),
                 };
-                // A closed standard error is no reason not to serve.
-                let _ = writeln!(io::stderr(), "{program}: {peer}: {error}");
+                // One write for the whole line. A closed standard error is no reason not to serve.
+                let line = format!("{program}: {peer}: {error}\n");
+                let _ = io::stderr().write_all(line.as_bytes());
             }
         })?;
         let mut out = io::stdout();
