@@ -403,9 +403,9 @@ fn whoever_does_not_speak_tls_disturbs_no_session() {
     for other in others {
         let mut stream = server.server.connect();
         stream.write_all(other).expect("sending");
-        stream.half_close().expect("shutdown");
+        // A reset is an end, too, already here or later: not everything was read.
+        let _ = stream.half_close();
         let mut answer = Vec::new();
-        // A reset is an end, too: not everything was read.
         if let Err(error) = stream.read_to_end(&mut answer) {
             assert_eq!(error.kind(), ErrorKind::ConnectionReset);
         }
