@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -59,13 +59,22 @@ impl fmt::Debug for Finished {
 impl Process {
     /// Starts `command` with its output piped, and `input` as its standard input.
     pub fn start(command: &mut Command, input: &[u8]) -> io::Result<Process> {
+        let (process, mut stdin) = Process::interactive(command)?;
+        let input = input.to_vec();
+        // A process that ends early does not read everything.
+        thread::spawn(move || drop(stdin.write_all(&input)));
+        Ok(process)
+    }
+
+    /// Starts `command` with its output piped: also its standard input, which ends when dropped.
+    pub fn interactive(command: &mut Command) -> io::Result<(Process, ChildStdin)> {
         let name = format!("{command:?}").chars().take(300).collect();
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;
-        let mut stdin = child.stdin.take().expect("piped");
+        let stdin = child.stdin.take().expect("piped");
         let stdout = BufReader::new(child.stdout.take().expect("piped"));
         let mut stderr = child.stderr.take().expect("piped");
         let watchdog = watch(&child).inspect_err(|_| {
@@ -83,10 +92,7 @@ impl Process {
             })),
             watchdog: Some(watchdog),
         };
-        let input = input.to_vec();
-        // A process that ends early does not read everything.
-        thread::spawn(move || drop(stdin.write_all(&input)));
-        Ok(process)
+        Ok((process, stdin))
     }
 
     /// Starts an example.
@@ -230,7 +236,7 @@ pub enum Family {
     Unix,
 }
 
-/// A running `echo_server` and where it listens.
+/// A running `echo_server`, or a server with its options, and where it listens.
 pub struct EchoServer {
     pub process: Process,
     pub endpoint: Endpoint,
@@ -249,9 +255,19 @@ impl EchoServer {
         args: &[&str],
         prepare: impl FnOnce(&mut Command),
     ) -> Option<EchoServer> {
+        EchoServer::start_program("echo_server", family, args, prepare)
+    }
+
+    /// As [`start_with`](EchoServer::start_with), another program.
+    pub fn start_program(
+        program: &str,
+        family: Family,
+        args: &[&str],
+        prepare: impl FnOnce(&mut Command),
+    ) -> Option<EchoServer> {
         let dir = TempDir::new();
         let path = dir.path().join("echo.socket");
-        let mut command = Command::new(example("echo_server"));
+        let mut command = Command::new(example(program));
         match family {
             Family::V4 => command.args(["--bind", "127.0.0.1:0"]),
             Family::V6 if std::net::TcpListener::bind("[::1]:0").is_err() => {
@@ -263,7 +279,7 @@ impl EchoServer {
         };
         command.args(args);
         prepare(&mut command);
-        let mut process = Process::start(&mut command, b"").expect("echo_server starts");
+        let mut process = Process::start(&mut command, b"").expect("a server starts");
         let line = process.line();
         let address = line.strip_prefix("listening on ");
         let address = address.unwrap_or_else(|| panic!("the first line is {line:?}"));

@@ -1,0 +1,114 @@
+//! What the servers that speak a protocol over a `Socket` have in common: where they listen, and for how long they wait.
+
+use std::error::Error;
+use std::io::{self, ErrorKind, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use ringsock::prelude::{AF_UNIX, Address, IPPROTO_TCP, Socket, TCP_NODELAY};
+use ringsock::{Runtime, Server, Timeout};
+
+/// How long a taken address is tried again. The kernel takes a killed process's ring apart in the background, and the accept on
+/// it keeps the listener open for some milliseconds after the process is gone.
+const RESTART: Duration = Duration::from_secs(1);
+
+#[derive(Args)]
+pub struct Listen {
+    /// Where to listen; port 0 lets the kernel choose
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:50007")]
+    bind: SocketAddr,
+    /// Listen on a Unix socket instead; a socket left there by an earlier run is removed
+    #[arg(long, value_name = "PATH", conflicts_with = "bind")]
+    unix: Option<PathBuf>,
+    /// Worker threads
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    workers: u16,
+    /// Close a connection that is silent, does not read, or has not shaken hands, for so long
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub timeout: f64,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    match Timeout::from(seconds).seconds() {
+        Ok(_) if seconds > 0.0 => Ok(seconds),
+        Ok(_) => Err("not above 0".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+impl Listen {
+    /// Runs `handler` with each connection, its timeout set, in a fiber of its own. What it fails with is a line on
+    /// standard error and the end of its connection only.
+    pub fn serve(
+        &self,
+        program: &'static str,
+        handler: impl Fn(Socket) -> Result<(), Box<dyn Error>> + Send + Sync + 'static,
+    ) -> ringsock::Result<()> {
+        ringsock::raise_descriptor_limit();
+        let runtime = Runtime::builder().workers(self.workers.into()).build()?;
+        let timeout = self.timeout;
+        let server = self.start(&runtime, move |conn: Socket, peer: Address| {
+            // This handle of the socket goes last: whoever sees the connection closed finds the reason reported.
+            let served = prepare(&conn, timeout).map_err(Box::from);
+            if let Err(error) = served.and_then(|()| handler(conn.clone())) {
+                let peer = match peer.port() {
+                    Some(_) => peer.to_string(),
+                    None => "a client".to_owned(),
+                };
+                // One write for the whole line. A closed standard error is no reason not to serve.
+                let line = format!("{program}: {peer}: {error}\n");
+                let _ = io::stderr().write_all(line.as_bytes());
+            }
+        })?;
+        let mut out = io::stdout();
+        let _ = writeln!(out, "listening on {}", server.address()).and_then(|()| out.flush());
+        server.wait();
+        Ok(())
+    }
+
+    fn start<H>(&self, runtime: &Runtime, handler: H) -> ringsock::Result<Server>
+    where
+        H: Fn(Socket, Address) + Send + Sync + 'static,
+    {
+        let handler = Arc::new(handler);
+        let give_up = Instant::now() + RESTART;
+        loop {
+            let handle = runtime.handle();
+            let handler = handler.clone();
+            let handler = move |conn, peer| handler(conn, peer);
+            let server = match &self.unix {
+                Some(path) => {
+                    remove_stale(path);
+                    handle.serve(path.as_path(), handler)
+                }
+                None => handle.serve(self.bind, handler),
+            };
+            match server {
+                Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < give_up => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
+fn prepare(conn: &Socket, timeout: f64) -> ringsock::Result<()> {
+    if conn.family() != AF_UNIX {
+        conn.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)?;
+    }
+    conn.settimeout(timeout)
+}
+
+/// Removes a socket that nobody listens on any more; anything else stays, and bind reports it.
+fn remove_stale(path: &Path) {
+    use std::os::unix::fs::FileTypeExt;
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
+        let _ = std::fs::remove_file(path);
+    }
+}
