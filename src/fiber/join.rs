@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::park::{Parking, Waker};
@@ -78,14 +79,16 @@ fn panic_text(payload: &(dyn Any + Send)) -> &str {
 /// A fiber's result on its way to the handle.
 struct Packet<T> {
     state: Mutex<PacketState<T>>,
+    /// The fiber's id and slot, once it exists; the id is 0 before. `cancelled` is set before the id is read, and read after
+    /// the id is set: whichever of `cancel` and `start` comes second finds what the first left.
+    id: AtomicU64,
+    slot: AtomicU32,
+    cancelled: AtomicBool,
 }
 
 struct PacketState<T> {
     outcome: Outcome<T>,
     joiner: Option<Waker>,
-    /// Slot and id, once the fiber exists.
-    fiber: Option<(u32, u64)>,
-    cancelled: bool,
 }
 
 enum Outcome<T> {
@@ -108,9 +111,10 @@ impl<T> Packet<T> {
             state: Mutex::new(PacketState {
                 outcome: Outcome::Pending,
                 joiner: None,
-                fiber: None,
-                cancelled: false,
             }),
+            id: AtomicU64::new(0),
+            slot: AtomicU32::new(0),
+            cancelled: AtomicBool::new(false),
         }
     }
 
@@ -224,13 +228,11 @@ impl<T> JoinHandle<T> {
     /// non-blocking mode), fails with [`Error::Cancelled`]. What the interrupted call has already transferred is reported as
     /// always. It is for good: the fiber can clean up, but no longer wait for anything.
     pub fn cancel(&self) {
-        let fiber = {
-            let mut state = self.packet.lock();
-            state.cancelled = true;
-            state.fiber
-        };
+        self.packet.cancelled.store(true, Ordering::SeqCst);
+        let id = self.packet.id.load(Ordering::SeqCst);
         // A fiber that does not exist yet finds `cancelled` when it starts.
-        if let Some((slot, id)) = fiber {
+        if id != 0 {
+            let slot = self.packet.slot.load(Ordering::Relaxed);
             match super::worker() {
                 Some(worker) if worker.id() == self.remote.id() => worker.cancel_fiber(slot, id),
                 // A worker that has ended has no fibers.
@@ -297,23 +299,20 @@ fn start<F, T>(
     worker: &Worker,
     name: Option<Box<str>>,
     main: F,
-    packet: Arc<Packet<T>>,
+    packet: &Arc<Packet<T>>,
 ) -> Result<()>
 where
     F: FnOnce() -> T + 'static,
     T: 'static,
 {
-    let abandon: Arc<dyn Abandon> = packet.clone();
     let for_root = packet.clone();
+    let abandon: Arc<dyn Abandon> = packet.clone();
     let fiber: FiberRef =
         super::create(worker, name, Some(abandon), move || root(main, &for_root))?;
-    let cancelled = {
-        let mut state = packet.lock();
-        state.fiber = Some((fiber.slot, fiber.id));
-        state.cancelled
-    };
+    packet.slot.store(fiber.slot, Ordering::Relaxed);
+    packet.id.store(fiber.id, Ordering::SeqCst);
     worker.make_ready(fiber);
-    if cancelled {
+    if packet.cancelled.load(Ordering::SeqCst) {
         worker.cancel_fiber(fiber.slot, fiber.id);
     }
     Ok(())
@@ -383,7 +382,7 @@ impl Builder {
             );
         };
         let packet = Arc::new(Packet::new());
-        start(worker, self.name, main, packet.clone())?;
+        start(worker, self.name, main, &packet)?;
         Ok(JoinHandle {
             packet,
             remote: worker.remote().clone(),
@@ -450,7 +449,7 @@ where
     T: 'static,
 {
     let packet = Arc::new(Packet::new());
-    start(worker, Some("main".into()), main, packet.clone())?;
+    start(worker, Some("main".into()), main, &packet)?;
     Ok(JoinHandle {
         packet,
         remote: worker.remote().clone(),
@@ -477,7 +476,7 @@ where
     let mut undelivered = Undelivered(Some(packet.clone()));
     remote.spawn(Box::new(move |worker: &Worker| {
         if let Some(packet) = undelivered.0.take()
-            && let Err(error) = start(worker, None, main, packet.clone())
+            && let Err(error) = start(worker, None, main, &packet)
         {
             log(format_args!("no fiber could be made: {error}"));
             packet.end(Err(JoinError::NotStarted(error)));
