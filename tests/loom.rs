@@ -3,7 +3,11 @@
 //! The files are the crate's own, included as they are; `atomics` puts loom's types under them. A wake that is lost shows as a
 //! deadlock, a lock that two have as a causality violation. Three preemptions per execution: a lost wake needs one or two.
 
-#![allow(unsafe_code)]
+#![allow(
+    unsafe_code,
+    clippy::undocumented_unsafe_blocks,
+    reason = "whether they are sound is what the model checks"
+)]
 
 mod atomics {
     pub(crate) use loom::sync::Mutex;
