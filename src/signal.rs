@@ -69,10 +69,13 @@ static TABLE: [Place; PLACES] = [const {
 static PREVIOUS: [AtomicUsize; SIGNAL_MAX as usize + 1] =
     [const { AtomicUsize::new(libc::SIG_DFL) }; SIGNAL_MAX as usize + 1];
 
+/// The signals that some object asked for.
+static INSTALLED: AtomicU64 = AtomicU64::new(0);
+
 /// Who has which place, and what to put back.
 struct Registry {
     taken: [bool; PLACES],
-    /// By signal: how many objects want it, and the action before the first.
+    /// By signal: how many objects want it, and the action before ours.
     installed: [Option<(usize, libc::sigaction)>; SIGNAL_MAX as usize + 1],
 }
 
@@ -106,9 +109,11 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *
     let errno = sys::errno();
     // A forked child has not asked for an epoch yet: it reads 0.
     let epoch = sys::fork_mark().load(Ordering::Relaxed);
+    let mut taken = false;
     for place in &TABLE {
         place.inside.fetch_add(1, Ordering::SeqCst);
         if place.wanted.load(Ordering::SeqCst) & bit(signal) != 0 {
+            taken = true;
             place.pending.fetch_or(bit(signal), Ordering::SeqCst);
             if place.epoch.load(Ordering::SeqCst) == epoch {
                 sys::ring_eventfd(place.eventfd.load(Ordering::SeqCst));
@@ -123,10 +128,27 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *
         let previous: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
             unsafe { std::mem::transmute(previous) };
         previous(signal, info, context);
+    } else if !taken {
+        give_back(signal);
     }
     // SAFETY: this thread's own errno, which the interrupted code may be about to read.
     unsafe { *libc::__errno_location() = errno };
     HANDLING.set(handling);
+}
+
+/// In the handler: nobody wants the signal, since the last object went while it was on its way, or somebody put our handler back
+/// after that. It is sent again, to have its ordinary effect (or to reach an object that has come meanwhile).
+fn give_back(signal: i32) {
+    let ours = action(signal, None).is_ok_and(|now| now.sa_sigaction == our_action().sa_sigaction);
+    if ours && INSTALLED.load(Ordering::SeqCst) & bit(signal) == 0 {
+        // SAFETY: zeroed is a valid sigaction, for `SIG_DFL` or, stored below, `SIG_IGN`.
+        let mut before = unsafe { MaybeUninit::<libc::sigaction>::zeroed().assume_init() };
+        before.sa_sigaction = PREVIOUS[signal as usize].load(Ordering::SeqCst);
+        // It cannot fail: the signal has a handler.
+        let _ = action(signal, Some(&before));
+    }
+    // SAFETY: no memory is passed; kill is async-signal-safe.
+    unsafe { libc::kill(libc::getpid(), signal) };
 }
 
 /// Whether somebody else's handler is called for the signal as well.
@@ -163,17 +185,26 @@ fn our_action() -> libc::sigaction {
 impl Registry {
     /// Sees to it that the handler runs for `signal`.
     fn install(&mut self, signal: i32) -> Result<()> {
-        if let Some((users, _)) = &mut self.installed[signal as usize] {
-            *users += 1;
-            return Ok(());
-        }
         let ours = our_action();
-        let before = action(signal, None)?;
-        if before.sa_sigaction != ours.sa_sigaction {
-            PREVIOUS[signal as usize].store(before.sa_sigaction, Ordering::SeqCst);
+        let installed = &mut self.installed[signal as usize];
+        match installed {
+            Some((users, _)) if *users > 0 => *users += 1,
+            _ => {
+                let now = action(signal, None)?;
+                let before = match *installed {
+                    // Somebody who had replaced ours put it back later.
+                    Some((_, before)) if now.sa_sigaction == ours.sa_sigaction => before,
+                    _ => now,
+                };
+                PREVIOUS[signal as usize].store(before.sa_sigaction, Ordering::SeqCst);
+                INSTALLED.fetch_or(bit(signal), Ordering::SeqCst);
+                if let Err(error) = action(signal, Some(&ours)) {
+                    INSTALLED.fetch_and(!bit(signal), Ordering::SeqCst);
+                    return Err(error);
+                }
+                *installed = Some((1, before));
+            }
         }
-        action(signal, Some(&ours))?;
-        self.installed[signal as usize] = Some((1, before));
         Ok(())
     }
 
@@ -186,12 +217,16 @@ impl Registry {
         if *users > 0 {
             return;
         }
+        INSTALLED.fetch_and(!bit(signal), Ordering::SeqCst);
         let now = action(signal, None);
         if now.is_ok_and(|now| now.sa_sigaction == our_action().sa_sigaction) {
             // It is valid: it was in force before.
             let _ = action(signal, Some(before));
         }
-        self.installed[signal as usize] = None;
+    }
+
+    fn is_wanted(&self, signal: i32) -> bool {
+        matches!(self.installed[signal as usize], Some((users, _)) if users > 0)
     }
 }
 
@@ -361,7 +396,7 @@ impl Signals {
         registry.taken[self.index] = false;
         let left = place.pending.swap(0, Ordering::SeqCst);
         numbers(left)
-            .filter(|signal| registry.installed[*signal as usize].is_none() && !chains(*signal))
+            .filter(|signal| !registry.is_wanted(*signal) && !chains(*signal))
             .fold(0, |mask, signal| mask | bit(signal))
     }
 }

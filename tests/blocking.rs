@@ -291,6 +291,17 @@ fn a_forked_child_has_a_pool_of_its_own() {
     });
 }
 
+/// It takes the ten seconds that an idle thread waits.
+#[test]
+fn idle_threads_end_and_others_take_their_place() {
+    bounded(|| {
+        assert_eq!(spawn_blocking(|| 1).unwrap().join().unwrap(), 1);
+        assert!(pool_threads() > 0);
+        until("idle threads end", || pool_threads() == 0);
+        assert_eq!(spawn_blocking(|| 2).unwrap().join().unwrap(), 2);
+    });
+}
+
 // Readiness.
 
 fn eventfd(count: u32) -> fs::File {
@@ -306,10 +317,8 @@ fn eventfd(count: u32) -> fs::File {
 fn fill(writer: &mut PipeWriter) {
     let fd = writer.as_raw_fd();
     // SAFETY: no memory is passed.
-    assert_eq!(
-        unsafe { libc::fcntl(fd, libc::F_SETFL, libc::O_NONBLOCK) },
-        0
-    );
+    let set = unsafe { libc::fcntl(fd, libc::F_SETFL, libc::O_NONBLOCK) };
+    assert_eq!(set, 0);
     while writer.write(&[0; 4096]).is_ok() {}
     let result = timeout(0.01, || wait_writable(&*writer));
     assert_eq!(result, Err(Error::Timeout), "it is full");

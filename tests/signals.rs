@@ -40,10 +40,16 @@ fn alone(test: &str, body: impl FnOnce()) {
     assert!(finished.status.success(), "{finished:?}");
 }
 
-/// Sends a signal to this process.
-fn raise(signal: i32) {
+/// Sends a signal to this process; any of its threads may get it, now or a little later.
+fn send(signal: i32) {
     // SAFETY: no memory is passed.
     assert_eq!(unsafe { libc::kill(libc::getpid(), signal) }, 0);
+}
+
+/// Sends a signal to this thread: it has been handled when this returns.
+fn raise(signal: i32) {
+    // SAFETY: no memory is passed.
+    assert_eq!(unsafe { libc::raise(signal) }, 0);
 }
 
 /// The action of a signal: its handler's address.
@@ -76,7 +82,7 @@ fn a_signal_resumes_the_fiber_that_waits_for_it() {
                 yield_now();
             }
             assert!(!waiting.is_finished());
-            raise(SIGUSR2);
+            send(SIGUSR2);
             assert_eq!(waiting.join().unwrap(), Ok(SIGUSR2));
         });
     });
@@ -90,7 +96,7 @@ fn a_signal_ends_the_wait_of_a_plain_thread() {
         let waiting = thread::spawn(move || theirs.wait());
         thread::sleep(Duration::from_millis(20));
         assert!(!waiting.is_finished());
-        raise(SIGTERM);
+        send(SIGTERM);
         assert_eq!(waiting.join().unwrap(), Ok(SIGTERM));
     });
 }
@@ -125,13 +131,13 @@ fn many_signals_one_after_the_other_all_arrive() {
         let there = runtime.handle().spawn_on(0, move || -> Result<()> {
             for _ in 0..2000 {
                 ping.wait()?;
-                raise(SIGUSR2);
+                send(SIGUSR2);
             }
             Ok(())
         });
         let back = runtime.handle().spawn_on(1, move || -> Result<()> {
             for _ in 0..2000 {
-                raise(SIGUSR1);
+                send(SIGUSR1);
                 pong.wait()?;
             }
             Ok(())
@@ -240,9 +246,38 @@ fn a_signal_nobody_waits_for_has_its_ordinary_effect() {
     let finished = in_child(test, || {
         let _ = timeout(0.01, || signal::wait(&[SIGTERM]));
         let _other = Signals::new(&[SIGINT]).unwrap();
-        raise(SIGTERM);
+        send(SIGTERM);
+        thread::sleep(Duration::from_secs(30));
     });
     assert_eq!(finished.status.signal(), Some(SIGTERM), "{finished:?}");
+}
+
+/// Another library saves our handler, and puts it back when nobody wants the signal any more.
+#[test]
+fn a_handler_put_back_after_the_last_object_eats_no_signal() {
+    let test = "a_handler_put_back_after_the_last_object_eats_no_signal";
+    let finished = in_child(test, || {
+        let handler: extern "C" fn(libc::c_int) = count;
+        let signals = Signals::new(&[SIGUSR1]).unwrap();
+        let mut saved = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+        // SAFETY: the kernel fills the struct.
+        unsafe { libc::sigaction(SIGUSR1, std::ptr::null(), saved.as_mut_ptr()) };
+        install(SIGUSR1, handler as usize);
+        drop(signals);
+        // SAFETY: filled above.
+        unsafe { libc::sigaction(SIGUSR1, saved.as_ptr(), std::ptr::null_mut()) };
+        // It works again for a new object, whose end brings the default back.
+        let signals = Signals::new(&[SIGUSR1]).unwrap();
+        raise(SIGUSR1);
+        assert_eq!(signals.wait(), Ok(SIGUSR1));
+        drop(signals);
+        assert_eq!(action(SIGUSR1), libc::SIG_DFL);
+        // SAFETY: as above.
+        unsafe { libc::sigaction(SIGUSR1, saved.as_ptr(), std::ptr::null_mut()) };
+        raise(SIGUSR1);
+        thread::sleep(Duration::from_secs(30));
+    });
+    assert_eq!(finished.status.signal(), Some(SIGUSR1), "{finished:?}");
 }
 
 #[test]
@@ -329,7 +364,7 @@ fn objects_come_and_go_under_a_storm_of_signals() {
         let theirs = stop.clone();
         let storm = thread::spawn(move || {
             while theirs.load(Ordering::SeqCst) == 0 {
-                raise(SIGUSR1);
+                send(SIGUSR1);
             }
         });
         let start = Instant::now();

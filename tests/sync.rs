@@ -772,6 +772,26 @@ fn no_wake_is_lost_in_a_hundred_thousand() {
     });
 }
 
+/// Without a buffer each value needs both sides at once: a side that queues without a last look waits for ever.
+#[test]
+fn every_rendezvous_of_two_takes_place() {
+    const ROUNDS: usize = 30_000;
+    bounded(|| {
+        let runtime = two_workers();
+        for there in [Place::Worker(1), Place::Thread] {
+            let (sender, receiver) = channel(0);
+            let sending = Work::start(&runtime, there, move || {
+                (0..ROUNDS).for_each(|n| sender.send(n).unwrap());
+            });
+            let receiving = Work::start(&runtime, Place::Worker(0), move || {
+                assert!(receiver.iter().eq(0..ROUNDS));
+            });
+            sending.join();
+            receiving.join();
+        }
+    });
+}
+
 #[test]
 fn a_chain_of_hand_offs_goes_through_all_fibers() {
     bounded(|| {
