@@ -136,7 +136,13 @@ fn panics_go_to_the_handle_or_to_the_log() {
                 panic!("in a destructor");
             }
         }
-        drop(spawn_blocking(|| Bomb));
+        let gate = Gate::default();
+        let theirs = gate.clone();
+        drop(spawn_blocking(move || {
+            theirs.pass();
+            Bomb
+        }));
+        gate.open();
         until("it is logged", || {
             lines
                 .lock()
@@ -298,7 +304,10 @@ fn idle_threads_end_and_others_take_their_place() {
         assert_eq!(spawn_blocking(|| 1).unwrap().join().unwrap(), 1);
         assert!(pool_threads() > 0);
         until("idle threads end", || pool_threads() == 0);
+        // There is room for one only if none of those that ended is counted.
+        set_blocking_threads(1);
         assert_eq!(spawn_blocking(|| 2).unwrap().join().unwrap(), 2);
+        set_blocking_threads(64);
     });
 }
 
