@@ -13,6 +13,7 @@ mod fiber;
 mod log;
 mod metrics;
 mod runtime;
+pub mod signal;
 mod socket;
 mod sys;
 mod timeout;
@@ -22,7 +23,14 @@ pub use buf::Buf;
 pub use constants::*;
 pub use driver::features::{Feature, Features};
 pub use error::{Error, Result, Text};
+pub use fiber::blocking::{BlockingHandle, set_blocking_threads, spawn_blocking};
 pub use fiber::join::{Builder, JoinError, JoinHandle, spawn};
+pub use fiber::ready::{wait_readable, wait_writable};
+pub use fiber::sync::channel::{
+    IntoIter, Iter, Receiver, RecvError, SendError, Sender, TryRecvError, TrySendError, channel,
+};
+pub use fiber::sync::condvar::Condvar;
+pub use fiber::sync::mutex::{Mutex, MutexGuard};
 pub use fiber::thread::calls_without_ring;
 pub use fiber::{sleep, timeout, yield_now};
 pub use log::set_log_hook;

@@ -68,7 +68,7 @@ impl fmt::Display for JoinError {
 
 impl std::error::Error for JoinError {}
 
-fn panic_text(payload: &(dyn Any + Send)) -> &str {
+pub(super) fn panic_text(payload: &(dyn Any + Send)) -> &str {
     payload
         .downcast_ref::<&str>()
         .copied()

@@ -35,16 +35,23 @@
 //! 5. outside a fiber `suspend` drives the thread's ring until the operation's own CQE has come.
 #![allow(unsafe_code)]
 
+mod atomics;
+pub(crate) mod blocking;
 pub(crate) mod inflight;
 pub(crate) mod join;
 pub(crate) mod overflow;
 pub(crate) mod park;
+mod raw_mutex;
+pub(crate) mod ready;
 pub(crate) mod remote;
 pub(crate) mod scheduler;
 #[cfg(test)]
 mod simulation;
 pub(crate) mod stack;
+pub(crate) mod sync;
 pub(crate) mod thread;
+mod wait_queue;
+mod wake;
 
 use std::cell::{Cell, UnsafeCell};
 use std::mem::ManuallyDrop;
@@ -738,8 +745,7 @@ fn suspend_interrupted(
 /// The code a cancelled or shut-down fiber's call answers, after the others had a turn, so that a fiber that ignores the answer
 /// holds up nobody. Once the grace period is over it does not return but unwinds.
 fn interrupted(worker: &Worker, fiber: FiberRef) -> Option<i32> {
-    let reasons = interrupt::CANCEL | interrupt::SHUTDOWN | interrupt::UNWIND;
-    if fiber.interrupt.get() & reasons == 0 {
+    if !is_interrupted(fiber) {
         return None;
     }
     yield_fiber(worker, fiber);
@@ -751,6 +757,10 @@ fn interrupted(worker: &Worker, fiber: FiberRef) -> Option<i32> {
     } else {
         outcome::CANCELLED
     })
+}
+
+fn is_interrupted(fiber: FiberRef) -> bool {
+    fiber.interrupt.get() & !interrupt::DEADLINE != 0
 }
 
 /// Ends the fiber from inside: unwinds it, or, when it has caught that too often or cannot unwind, stops it for good.
@@ -781,13 +791,10 @@ fn yield_fiber(worker: &Worker, fiber: FiberRef) {
     fiber.switch_out();
 }
 
-/// Waits for a wake of `key`; see [`park::Parking`].
+/// Waits for a wake of `key`; see [`park::Parking`]. `Cancelled` stands for every interruption: what it was, and the unwinding,
+/// are left to [`interrupted`], once the caller has taken itself out of whatever it waited in.
 fn park(worker: &Worker, fiber: FiberRef, key: Key) -> Result<()> {
-    let interrupted_error = || interrupted(worker, fiber).map(error_from_outcome);
-    if std::thread::panicking() {
-        // Nothing suspends while panicking: whoever parks there goes on without what it waited for.
-        return Err(Error::Cancelled);
-    }
+    let interrupted_error = || is_interrupted(fiber).then_some(Error::Cancelled);
     if !worker.is_waiting(key) {
         return Ok(());
     }

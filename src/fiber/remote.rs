@@ -1,17 +1,6 @@
 //! How other threads reach a worker, or a plain thread blocked in a call: a mailbox and a bell.
 //!
-//! # No wake is lost
-//!
-//! ```text
-//!  sender                              owner
-//!  1. put the message, mail = true     a. asleep = true
-//!  2. fence                            b. fence
-//!  3. asleep? then asleep = false      c. no mail? then wait on the ring, else asleep = false, mail = false, and read
-//!     and ring the bell
-//! ```
-//!
-//! The fences order 1 before 3 and a before c for both sides, so either the sender sees `asleep` or the owner sees the
-//! message. Of several senders one takes `asleep` down and rings.
+//! No wake is lost: `wake.rs` has the protocol.
 //!
 //! # Bounds
 //!
@@ -19,13 +8,14 @@
 //! thread has at most one wake and one cancel on its way, and a closer waits for its close.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 
 use super::park::{Parking, Waker};
 use super::scheduler::Worker;
+use super::wake::WakeFlags;
 use crate::driver::{Bell, Key};
 use crate::error::Error;
 use crate::log::log;
@@ -60,9 +50,7 @@ pub(crate) struct Remote {
     spawns: Option<Sender<Spawn>>,
     /// Those waiting for room in `spawns`.
     waiting: Mutex<Vec<Waker>>,
-    /// There is something in the mailbox, or was.
-    mail: AtomicBool,
-    asleep: AtomicBool,
+    flags: WakeFlags,
     /// The owner reads no more mail.
     ended: AtomicBool,
     bell: Arc<Bell>,
@@ -87,8 +75,7 @@ impl Remote {
             controls,
             spawns: (spawns_max > 0).then_some(spawns),
             waiting: Mutex::new(Vec::new()),
-            mail: AtomicBool::new(false),
-            asleep: AtomicBool::new(false),
+            flags: WakeFlags::new(),
             ended: AtomicBool::new(false),
             bell: Arc::new(bell),
             fork_epoch: sys::fork_epoch(),
@@ -171,29 +158,23 @@ impl Remote {
     /// instructions each.
     #[inline]
     pub(crate) fn take_mail(&self) -> bool {
-        self.mail.load(Ordering::Relaxed) && self.mail.swap(false, Ordering::Acquire)
+        self.flags.take_mail()
     }
 
     /// The owner is about to wait on its ring: true if it may, false if there is mail.
+    #[inline]
     pub(crate) fn fall_asleep(&self) -> bool {
-        self.asleep.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        if !self.mail.load(Ordering::Relaxed) {
-            return true;
-        }
-        self.wake_up();
-        false
+        self.flags.fall_asleep()
     }
 
     /// The owner is awake again.
+    #[inline]
     pub(crate) fn wake_up(&self) {
-        self.asleep.store(false, Ordering::Relaxed);
+        self.flags.wake_up();
     }
 
     fn wake(&self) {
-        self.mail.store(true, Ordering::Release);
-        fence(Ordering::SeqCst);
-        if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::Relaxed) {
+        if self.flags.announce() {
             super::ring_bell(&self.bell);
         }
     }

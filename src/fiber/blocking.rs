@@ -1,0 +1,248 @@
+//! Threads for calls that block whatever runs them: files, name lookups, long computations, other people's libraries.
+//!
+//! One pool serves the process. Its queue is a [`channel`], which gives a job straight to a thread that waits for one: a job left in
+//! the buffer found all threads busy, and starts another up to the limit. A thread that waits too long for a job ends. The threads
+//! are detached: nothing waits for them when the process ends.
+//!
+//! ```text
+//!  caller: send the job (waits while full) ──▶ lock; jobs in the buffer, and threads < limit? start one
+//!  thread: recv ──▶ run ──▶ recv ──(idle too long)──▶ lock; buffer empty? threads -= 1, end
+//! ```
+//!
+//! Under that lock either the thread sees the job or the caller sees that the thread is gone.
+//!
+//! A forked child has none of its parent's threads: it makes a pool of its own.
+#![allow(unsafe_code)]
+
+use std::any::Any;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use std::{ptr, thread};
+
+use super::join::{JoinError, panic_text};
+use super::sync::channel::{Receiver, RecvError, Sender, TrySendError, channel};
+use crate::error::{Error, Result};
+use crate::log::log;
+use crate::sys;
+
+/// How many threads the pool may have, if not said.
+const THREADS_MAX: usize = 64;
+
+/// How many calls may wait for a thread.
+const JOBS_MAX: usize = 1024;
+
+/// How long a thread waits for another call.
+const IDLE: Duration = Duration::from_secs(10);
+
+static LIMIT: AtomicUsize = AtomicUsize::new(THREADS_MAX);
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// What a closure came to, or its panic.
+type Outcome<T> = std::result::Result<T, Box<dyn Any + Send>>;
+
+/// The pool of one process. It is never freed: its threads may outlive everything else.
+struct Pool {
+    jobs: (Sender<Job>, Receiver<Job>),
+    threads: Mutex<usize>,
+    epoch: u32,
+}
+
+impl Pool {
+    /// The pool of this process, rather than of the parent that forked it. Without a lock, which the parent could have held.
+    fn current() -> &'static Pool {
+        static CURRENT: AtomicPtr<Pool> = AtomicPtr::new(ptr::null_mut());
+        let epoch = sys::fork_epoch();
+        loop {
+            let known = CURRENT.load(Ordering::Acquire);
+            // SAFETY: null, or a pool stored below, which is never freed.
+            if let Some(pool) = unsafe { known.as_ref() }
+                && pool.epoch == epoch
+            {
+                return pool;
+            }
+            let pool = Box::into_raw(Box::new(Pool {
+                jobs: channel(JOBS_MAX),
+                threads: Mutex::new(0),
+                epoch,
+            }));
+            let stored = CURRENT.compare_exchange(known, pool, Ordering::AcqRel, Ordering::Relaxed);
+            if stored.is_err() {
+                // SAFETY: made above, and seen by nobody else.
+                drop(unsafe { Box::from_raw(pool) });
+            }
+        }
+    }
+
+    fn threads(&self) -> MutexGuard<'_, usize> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&'static self, job: Job) -> Result<()> {
+        let (jobs, waiting) = &self.jobs;
+        jobs.send(job)?;
+        let mut threads = self.threads();
+        if waiting.is_empty() || *threads >= LIMIT.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let started = thread::Builder::new()
+            .name("ringsock-blocking".into())
+            .spawn(|| self.work());
+        match started {
+            Ok(_) => *threads += 1,
+            // The other threads get to it.
+            Err(_) if *threads > 0 => {}
+            // Nobody would: their handles learn it from the jobs' being dropped.
+            Err(_) => {
+                drop(threads);
+                while waiting.try_recv().is_ok() {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The life of a thread.
+    fn work(&self) {
+        let (_, waiting) = &self.jobs;
+        loop {
+            if let Ok(job) = super::timeout(IDLE, || Ok(waiting.recv()?)) {
+                job();
+                continue;
+            }
+            let mut threads = self.threads();
+            if waiting.is_empty() {
+                *threads -= 1;
+                return;
+            }
+        }
+    }
+}
+
+/// Runs `call` on a thread of a pool, where it may block: the calling fiber goes on, and
+/// [`join`](BlockingHandle::join) suspends only that fiber.
+///
+/// The pool belongs to the process and works in fibers and on plain threads. It has up to 64 threads
+/// ([`set_blocking_threads`] changes that), started as needed; idle ones end after ten seconds. Up to 1,024 calls wait for a
+/// thread; beyond that the caller waits. Calls that wait for each other can so wait for ever: let none depend on a later one.
+///
+/// A call that has begun cannot be interrupted. Nothing waits for it when the process ends, and a runtime that ends does not
+/// either. A forked child has a pool of its own; its parent's calls go on in the parent only.
+///
+/// # Errors
+///
+/// Only where it would have to wait; `call` then never runs:
+/// - `Cancelled`, `Shutdown`: the fiber was cancelled, or its runtime is ending.
+/// - `Timeout`: the deadline of an enclosing [`timeout`](crate::timeout) passed.
+/// - `EAGAIN`: in a destructor that runs because the fiber panics, where nothing waits.
+///
+/// # Source
+///
+/// Python `asyncio.to_thread`.
+///
+/// ```
+/// let text = ringsock::run(|| {
+///     let call = ringsock::spawn_blocking(|| std::fs::read_to_string("/proc/version"))?;
+///     Ok::<_, ringsock::Error>(call.join().unwrap()?)
+/// })?;
+/// assert!(text.starts_with("Linux"));
+/// # Ok::<(), ringsock::Error>(())
+/// ```
+pub fn spawn_blocking<F, T>(call: F) -> Result<BlockingHandle<T>>
+where
+    F: FnOnce() -> T + Send + 'static,
+    T: Send + 'static,
+{
+    let (sender, outcome) = channel::<Outcome<T>>(1);
+    let pool = Pool::current();
+    pool.run(Box::new(move || {
+        let outcome = catch_unwind(AssertUnwindSafe(call));
+        // Dropping a result nobody wants may panic as well; that must not end the thread.
+        let delivered = catch_unwind(AssertUnwindSafe(|| {
+            if let Err(TrySendError::Disconnected(Err(payload))) = sender.try_send(outcome) {
+                log_panic(&*payload);
+            }
+        }));
+        if let Err(payload) = delivered {
+            log_panic(&*payload);
+        }
+    }))?;
+    Ok(BlockingHandle {
+        outcome,
+        epoch: pool.epoch,
+    })
+}
+
+/// Sets how many threads [`spawn_blocking`] may use, at least 1: 64 if not said. Those above a lower limit end when they are
+/// idle.
+///
+/// ```
+/// ringsock::set_blocking_threads(8);
+/// ```
+pub fn set_blocking_threads(threads: usize) {
+    LIMIT.store(threads.max(1), Ordering::Relaxed);
+}
+
+#[cold]
+fn log_panic(payload: &(dyn Any + Send)) {
+    log(format_args!(
+        "a blocking call that nobody joins panicked: {}",
+        panic_text(payload)
+    ));
+}
+
+/// The handle of a call on the pool. Dropping it detaches the call: it goes on, and its result is dropped when it ends.
+///
+/// A handle works in any fiber and on any thread.
+#[must_use = "dropping the handle detaches the call"]
+pub struct BlockingHandle<T> {
+    outcome: Receiver<Outcome<T>>,
+    epoch: u32,
+}
+
+impl<T> BlockingHandle<T> {
+    /// Waits for the call to end: its result. A fiber is suspended meanwhile, a plain thread blocks.
+    ///
+    /// # Errors
+    ///
+    /// - [`JoinError::Panic`]: the call panicked.
+    /// - [`JoinError::NotStarted`] with EAGAIN: no thread could be started, and there was none.
+    /// - [`JoinError::Interrupted`]: the *joining* fiber was cancelled, its runtime is ending, or the deadline of an enclosing
+    ///   [`timeout`](crate::timeout) passed. The call goes on, detached.
+    /// - [`JoinError::Shutdown`]: in a forked child, of a call of its parent.
+    pub fn join(self) -> std::result::Result<T, JoinError> {
+        if self.epoch != sys::fork_epoch() {
+            return Err(JoinError::Shutdown);
+        }
+        match self.outcome.recv() {
+            Ok(outcome) => outcome.map_err(JoinError::Panic),
+            Err(RecvError::Interrupted(error)) => Err(JoinError::Interrupted(error)),
+            Err(RecvError::Disconnected) => {
+                Err(JoinError::NotStarted(Error::from_errno(libc::EAGAIN)))
+            }
+        }
+    }
+
+    /// Whether the call has ended.
+    pub fn is_finished(&self) -> bool {
+        !self.outcome.is_empty()
+    }
+}
+
+impl<T> Drop for BlockingHandle<T> {
+    fn drop(&mut self) {
+        if let Ok(Err(payload)) = self.outcome.try_recv() {
+            log_panic(&*payload);
+        }
+    }
+}
+
+impl<T> fmt::Debug for BlockingHandle<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockingHandle")
+            .field("finished", &self.is_finished())
+            .finish_non_exhaustive()
+    }
+}
