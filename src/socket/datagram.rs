@@ -1,15 +1,20 @@
 //! Sending to an address and receiving with the sender's: sendto and recvfrom.
 
 use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
 
-use super::{FLAGS_THAT_NEVER_WAIT, Socket, receive_buf};
+use super::{BLOCKING, BY_OPTION, FLAGS_THAT_NEVER_WAIT, Socket, receive_buf};
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
-use crate::constants::MsgFlags;
+use crate::constants::{AF_UNIX, MsgFlags};
 use crate::driver::Op;
 use crate::error::{Error, Result};
 use crate::fiber::inflight::Direction;
+use crate::fiber::{self, error_from_outcome, outcome};
 use crate::sys::{self, Incoming};
+
+/// How long a send waits on another descriptor than its own before it looks whether its socket was closed: 0.1 s.
+const STAND_IN_SLICE_NS: i64 = 100_000_000;
 
 impl Socket {
     /// Sends bytes to an address: how many the kernel took. For a datagram that is all of them; empty data is an empty datagram.
@@ -20,7 +25,7 @@ impl Socket {
     /// # Errors
     ///
     /// Those of [`send`](Socket::send). `EMSGSIZE`: too long for one datagram. `EACCES`: a broadcast address without
-    /// `SO_BROADCAST`. `ECONNREFUSED`: an earlier datagram of a connected socket was refused, or nobody is at the AF_UNIX
+    /// `SO_BROADCAST`. `EMFILE`: no free descriptor, by which to wait for an AF_UNIX receiver without room. `ECONNREFUSED`: an earlier datagram of a connected socket was refused, or nobody is at the AF_UNIX
     /// address. `ENETUNREACH`, `EHOSTUNREACH`: no way there. `EPIPE`: a TCP socket that is not connected. `EISCONN`: a connected
     /// AF_UNIX stream. Address errors: see [`ToAddress`].
     ///
@@ -92,6 +97,65 @@ impl Socket {
         self.run(Op::Poll { fd, events }, Direction::Out)?;
         sys::check(sys::connect_outcome(fd))?;
         self.send_raw(bytes, flags, Some(address))
+    }
+
+    /// One send of an AF_UNIX datagram or packet that may wait: by readiness, not as a SEND on the ring.
+    ///
+    /// unix(7) takes the data before it finds the receiver's queue full, and the ring (Linux 6.18 at least) tries again with what
+    /// is then left of it: an empty datagram arrives instead, and the call succeeds with 0.
+    #[inline(never)]
+    pub(super) fn send_when_ready(
+        &self,
+        bytes: &[u8],
+        flags: i32,
+        to: Option<&SockAddr>,
+        timeout_ns: i64,
+    ) -> Result<usize> {
+        let (limit_ns, expired) = match timeout_ns {
+            BY_OPTION => match sys::option_timeout_ns(self.0.fd, libc::SO_SNDTIMEO) {
+                Ok(limit_ns) => (
+                    limit_ns.unwrap_or(BLOCKING),
+                    Error::from_errno(libc::EAGAIN),
+                ),
+                Err(errno) => return Err(Error::from_errno(errno)),
+            },
+            timeout_ns => (timeout_ns, Error::Timeout),
+        };
+        let deadline_ns = match limit_ns {
+            BLOCKING => i64::MAX,
+            limit_ns => fiber::now_ns().saturating_add(limit_ns),
+        };
+        let mut stand_in: Option<OwnedFd> = None;
+        loop {
+            let left_ns = match limit_ns {
+                BLOCKING => BLOCKING,
+                _ => (deadline_ns - fiber::now_ns()).max(0),
+            };
+            let (fd, wait_ns) = match &stand_in {
+                None => (self.0.fd, left_ns),
+                // Nobody buries this descriptor, so a close that has looked for calls in flight just before is noticed by looking.
+                Some(fd) if left_ns < 0 => (fd.as_raw_fd(), STAND_IN_SLICE_NS),
+                Some(fd) => (fd.as_raw_fd(), left_ns.min(STAND_IN_SLICE_NS)),
+            };
+            let events = libc::POLLOUT;
+            let target = Some((&self.0.inflight, Direction::Out));
+            match fiber::suspend(&mut Op::Poll { fd, events }, wait_ns, target) {
+                outcome::TIMED_OUT if stand_in.is_some() => {}
+                outcome::TIMED_OUT if fiber::now_ns() >= deadline_ns => return Err(expired),
+                code if code < 0 => return Err(error_from_outcome(code)),
+                _ => {}
+            }
+            match (self.send_op(bytes, flags, to).attempt(), to) {
+                (code, Some(address)) if code == -libc::EAGAIN && stand_in.is_none() => {
+                    // This socket has room, the receiver has not. Only a socket that is connected to it hears when it has.
+                    let connected = sys::socket(AF_UNIX.bits(), self.0.kind.bits(), 0)?;
+                    sys::check(sys::connect(connected.as_raw_fd(), address))?;
+                    stand_in = Some(connected);
+                }
+                (code, _) if code == -libc::EAGAIN => stand_in = None,
+                (result, _) => return sys::check(result).map(|sent| sent as usize),
+            }
+        }
     }
 
     /// Receives at most `bufsize` bytes and the sender's address: `None` where the kernel gives none (connected streams,

@@ -442,7 +442,13 @@ impl Socket {
                     fd: self.0.fd,
                     events: libc::POLLOUT,
                 };
-                self.run(op, Direction::Out)?;
+                match self.run(op, Direction::Out) {
+                    // SO_SNDTIMEO: it goes on still.
+                    Err(error) if error.errno() == Some(libc::EAGAIN) => {
+                        return Err(Error::from_errno(libc::EALREADY));
+                    }
+                    ready => ready?,
+                };
                 sys::check(sys::connect_outcome(self.0.fd)).map(drop)
             }
             other => other.map(drop),
@@ -819,6 +825,9 @@ impl Socket {
         to: Option<&SockAddr>,
         timeout_ns: i64,
     ) -> Result<usize> {
+        if self.0.family == AF_UNIX && self.0.kind != SOCK_STREAM {
+            return self.send_when_ready(bytes, flags, to, timeout_ns);
+        }
         let mut op = self.send_op(bytes, flags, to);
         match self.wait(&mut op, Direction::Out, timeout_ns) {
             sent if sent >= 0 => Ok(sent as usize),
@@ -1192,8 +1201,6 @@ impl Socket {
         };
         let expired = match op {
             Op::Connect { .. } if self.0.family != AF_UNIX => -libc::EINPROGRESS,
-            // `connect` on a socket that is connecting.
-            Op::Poll { .. } => -libc::EALREADY,
             _ => -libc::EAGAIN,
         };
         let deadline_ns = fiber::now_ns().saturating_add(limit_ns);
