@@ -140,8 +140,8 @@ impl Socket {
             let events = libc::POLLOUT;
             let target = Some((&self.0.inflight, Direction::Out));
             match fiber::suspend(&mut Op::Poll { fd, events }, wait_ns, target) {
-                outcome::TIMED_OUT if stand_in.is_some() => {}
                 outcome::TIMED_OUT if fiber::now_ns() >= deadline_ns => return Err(expired),
+                outcome::TIMED_OUT if stand_in.is_some() => {}
                 code if code < 0 => return Err(error_from_outcome(code)),
                 _ => {}
             }
