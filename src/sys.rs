@@ -286,16 +286,17 @@ pub(crate) fn connect_outcome(fd: RawFd) -> i32 {
 
 /// SO_RCVTIMEO or SO_SNDTIMEO in nanoseconds, `None` where there is none; or an errno.
 pub(crate) fn option_timeout_ns(fd: RawFd, option: i32) -> std::result::Result<Option<i64>, i32> {
-    let mut value = [0u8; size_of::<libc::timeval>()];
+    // A timeval: seconds and microseconds.
+    let mut value = [0u8; 16];
+    const _: () = assert!(size_of::<libc::timeval>() == 16);
     let len = getsockopt(fd, libc::SOL_SOCKET, option, &mut value);
     if len < 0 {
         return Err(-len);
     }
-    // SAFETY: a timeval is two integers, for which any bytes are a value.
-    let time = unsafe { value.as_ptr().cast::<libc::timeval>().read_unaligned() };
-    let ns = (time.tv_sec as i64)
+    let field = |index| i64::from_ne_bytes(std::array::from_fn(|byte| value[index + byte]));
+    let ns = field(0)
         .saturating_mul(1_000_000_000)
-        .saturating_add(time.tv_usec as i64 * 1_000);
+        .saturating_add(field(8) * 1_000);
     Ok((ns > 0).then_some(ns))
 }
 

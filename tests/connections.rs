@@ -218,6 +218,13 @@ fn a_unix_connect_to_a_full_backlog_is_eagain_unless_it_blocks() {
             client.settimeout(timeout).unwrap();
             assert_eq!(client.connect_ex(&address).unwrap(), 11);
         }
+        let limited = client();
+        limited
+            .setsockopt(SOL_SOCKET, SO_SNDTIMEO, &timeval(40))
+            .unwrap();
+        let before = Instant::now();
+        assert_eq!(limited.connect_ex(&address).unwrap(), 11);
+        assert!(before.elapsed() >= Duration::from_millis(39));
         let accepting = beside(move || {
             thread::sleep(Duration::from_millis(20));
             [server.accept().unwrap(), server.accept().unwrap()]

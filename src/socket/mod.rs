@@ -483,6 +483,9 @@ impl Socket {
 
     /// [`recv`](Socket::recv) with flags: `MSG_PEEK`, `MSG_WAITALL`, `MSG_DONTWAIT`, …
     ///
+    /// `MSG_OOB` and `MSG_ERRQUEUE` never wait, as for the kernel. With `MSG_TRUNC` the result is cut to `bufsize` (see
+    /// [`recv_into_with`](Socket::recv_into_with) for the length), and bytes that the kernel discarded read as zeros.
+    ///
     /// # Errors
     ///
     /// Those of [`recv`](Socket::recv); `EAGAIN` with `MSG_DONTWAIT`.
