@@ -885,6 +885,61 @@ fn close_ends_a_send_that_waits_for_room() {
     });
 }
 
+/// The wait is on a stand-in for the socket then, which `close` does not know.
+#[test]
+fn a_close_in_a_race_with_a_send_that_waits_for_room_ends_it() {
+    on_both(|| {
+        let receiver = unix();
+        receiver.bind("").unwrap();
+        let to = receiver.getsockname().unwrap();
+        let filler = unix();
+        while filler.sendto_with(b"x", MSG_DONTWAIT, &to).is_ok() {}
+        for trial in 0..300 {
+            let sender = unix();
+            let other = sender.clone();
+            let (go, start) = mpsc::sync_channel(0);
+            let closing = beside(move || {
+                start.recv().unwrap();
+                let before = Instant::now();
+                while before.elapsed() < Duration::from_micros(trial) {
+                    std::hint::spin_loop();
+                }
+                other.close().unwrap();
+            });
+            go.send(()).unwrap();
+            assert_eq!(errno(sender.sendto(b"x", &to)), Some(libc::EBADF));
+            closing.join();
+        }
+    });
+}
+
+/// Many in a row: some as calls of their own, some through the ring.
+#[test]
+fn a_burst_of_sends_keeps_its_addresses() {
+    on_both(|| {
+        for family in [AF_INET, AF_INET6] {
+            let Some((even, even_address)) = try_udp(family) else {
+                return;
+            };
+            let (odd, odd_address) = try_udp(family).unwrap();
+            let (sender, from) = try_udp(family).unwrap();
+            for number in 0..200_u8 {
+                let to = if number % 2 == 0 {
+                    &even_address
+                } else {
+                    &odd_address
+                };
+                assert_eq!(sender.sendto(&[number; 3], to).unwrap(), 3);
+            }
+            for number in 0..200_u8 {
+                let receiver = if number % 2 == 0 { &even } else { &odd };
+                let (data, peer) = receiver.recvfrom(16).unwrap();
+                assert_eq!((&data[..], peer), (&[number; 3][..], Some(from.clone())));
+            }
+        }
+    });
+}
+
 #[test]
 fn seqpackets_keep_boundaries_and_end() {
     on_both(|| {
