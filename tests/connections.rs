@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Command;
-use std::sync::mpsc;
+use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -576,18 +576,34 @@ fn detaching_while_another_fiber_receives() {
 
 #[test]
 fn of_several_that_detach_one_wins() {
-    for _ in 0..200 {
-        let (left, right) = socketpair().unwrap();
-        let handles = [right.clone(), right.clone(), right];
-        let threads = handles.map(|handle| beside(move || handle.detach()));
-        let results = threads.map(Beside::join);
-        let won: Vec<&OwnedFd> = results
-            .iter()
-            .filter_map(|result| result.as_ref().ok())
-            .collect();
-        assert_eq!(won.len(), 1);
-        drop(results);
-        assert_eq!(left.recv(1).unwrap(), b"", "nobody has a duplicate left");
+    const THREADS: usize = 2;
+    let barrier = Arc::new(Barrier::new(THREADS));
+    let handles: Vec<_> = (0..3000).map(|_| socketpair().unwrap()).collect();
+    let (peers, handles): (Vec<_>, Vec<_>) = handles.into_iter().unzip();
+    let threads: Vec<_> = (0..THREADS)
+        .map(|_| {
+            let (handles, barrier) = (handles.clone(), barrier.clone());
+            beside(move || {
+                let detach = |handle: Socket| {
+                    barrier.wait();
+                    handle.detach()
+                };
+                handles.into_iter().map(detach).collect::<Vec<_>>()
+            })
+        })
+        .collect();
+    let results: Vec<Vec<_>> = threads.into_iter().map(Beside::join).collect();
+    for (index, peer) in peers.iter().enumerate() {
+        let won = results.iter().filter(|results| results[index].is_ok());
+        assert_eq!(won.count(), 1);
+        assert_eq!(errno(handles[index].recv(1)), Some(libc::EBADF));
+        let nothing = peer.recv_with(1, MSG_DONTWAIT);
+        assert_eq!(errno(nothing), Some(libc::EAGAIN), "still connected");
+    }
+    drop(results);
+    for peer in &peers {
+        let end = peer.recv(1).unwrap();
+        assert_eq!(end, b"", "nobody has a duplicate left");
     }
 }
 
