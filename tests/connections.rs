@@ -6,7 +6,8 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Command;
-use std::sync::{Arc, Barrier, mpsc};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -575,35 +576,45 @@ fn detaching_while_another_fiber_receives() {
 }
 
 #[test]
-fn of_several_that_detach_one_wins() {
-    const THREADS: usize = 2;
-    let barrier = Arc::new(Barrier::new(THREADS));
-    let handles: Vec<_> = (0..3000).map(|_| socketpair().unwrap()).collect();
-    let (peers, handles): (Vec<_>, Vec<_>) = handles.into_iter().unzip();
-    let threads: Vec<_> = (0..THREADS)
-        .map(|_| {
-            let (handles, barrier) = (handles.clone(), barrier.clone());
+fn of_two_that_detach_one_wins() {
+    let arrived = Arc::new(AtomicUsize::new(0));
+    for round in 0..50 {
+        const PAIRS: usize = 60;
+        let pairs = (0..PAIRS).map(|_| socketpair().unwrap());
+        let (peers, handles): (Vec<_>, Vec<_>) = pairs.unzip();
+        let threads = [(); 2].map(|()| {
+            let (handles, arrived) = (handles.clone(), arrived.clone());
             beside(move || {
-                let detach = |handle: Socket| {
-                    barrier.wait();
+                let detach = |(index, handle): (usize, Socket)| {
+                    // Together to within some nanoseconds, where there are two cores for it.
+                    let both = 2 * (round * PAIRS + index + 1);
+                    arrived.fetch_add(1, Ordering::SeqCst);
+                    let mut spins = 0;
+                    while arrived.load(Ordering::SeqCst) < both {
+                        spins += 1;
+                        if spins > 10_000 {
+                            thread::yield_now();
+                        }
+                        std::hint::spin_loop();
+                    }
                     handle.detach()
                 };
-                handles.into_iter().map(detach).collect::<Vec<_>>()
+                handles.into_iter().enumerate().map(detach).collect()
             })
-        })
-        .collect();
-    let results: Vec<Vec<_>> = threads.into_iter().map(Beside::join).collect();
-    for (index, peer) in peers.iter().enumerate() {
-        let won = results.iter().filter(|results| results[index].is_ok());
-        assert_eq!(won.count(), 1);
-        assert_eq!(errno(handles[index].recv(1)), Some(libc::EBADF));
-        let nothing = peer.recv_with(1, MSG_DONTWAIT);
-        assert_eq!(errno(nothing), Some(libc::EAGAIN), "still connected");
-    }
-    drop(results);
-    for peer in &peers {
-        let end = peer.recv(1).unwrap();
-        assert_eq!(end, b"", "nobody has a duplicate left");
+        });
+        let results: [Vec<_>; 2] = threads.map(Beside::join);
+        for (index, peer) in peers.iter().enumerate() {
+            let won = results.iter().filter(|results| results[index].is_ok());
+            assert_eq!(won.count(), 1);
+            assert_eq!(errno(handles[index].recv(1)), Some(libc::EBADF));
+            let nothing = peer.recv_with(1, MSG_DONTWAIT);
+            assert_eq!(errno(nothing), Some(libc::EAGAIN), "still connected");
+        }
+        drop(results);
+        for peer in &peers {
+            let end = peer.recv(1).unwrap();
+            assert_eq!(end, b"", "nobody has a duplicate left");
+        }
     }
 }
 
