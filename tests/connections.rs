@@ -40,10 +40,18 @@ fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Besid
 struct Beside<T>(mpsc::Receiver<T>);
 
 impl<T> Beside<T> {
+    /// In a fiber it must not hold up the worker: the other side may wait for that very worker to end a call.
     fn join(self) -> T {
-        self.0
-            .recv_timeout(Duration::from_secs(120))
-            .expect("the other side ends")
+        let limit = Instant::now() + Duration::from_secs(120);
+        loop {
+            match self.0.try_recv() {
+                Ok(result) => return result,
+                Err(mpsc::TryRecvError::Disconnected) => panic!("the other side panicked"),
+                Err(mpsc::TryRecvError::Empty) => {}
+            }
+            assert!(Instant::now() < limit, "the other side does not end");
+            ringsock::sleep(0.0005).unwrap();
+        }
     }
 }
 
