@@ -234,6 +234,11 @@ fn a_unix_connect_to_a_full_backlog_is_eagain_unless_it_blocks() {
         let before = Instant::now();
         assert_eq!(limited.connect_ex(&address).unwrap(), 11);
         assert!(before.elapsed() >= Duration::from_millis(39));
+        limited
+            .setsockopt(SOL_SOCKET, SO_SNDTIMEO, &timeval(60_000))
+            .unwrap();
+        let sooner = timeout(0.03, || limited.connect(&address));
+        assert_eq!(sooner, Err(Error::Timeout));
         let accepting = beside(move || {
             thread::sleep(Duration::from_millis(20));
             [server.accept().unwrap(), server.accept().unwrap()]

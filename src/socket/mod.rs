@@ -43,6 +43,7 @@ use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
 use crate::constants::{AF_UNIX, Family, Kind, MsgFlags, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM};
 use crate::driver::Op;
+use crate::driver::op::timespec_from_ns;
 use crate::error::{Error, Result};
 use crate::fiber::inflight::{Direction, InFlight};
 use crate::fiber::{self, error_from_outcome, outcome};
@@ -431,6 +432,9 @@ impl Socket {
         if timeout_ns == NON_BLOCKING || (timeout_ns > 0 && self.0.family == AF_UNIX) {
             return sys::check(sys::connect(self.0.fd, address)).map(drop);
         }
+        if timeout_ns == BY_OPTION && self.0.family == AF_UNIX {
+            return self.connect_unix_by_option(address);
+        }
         let op = Op::Connect {
             fd: self.0.fd,
             address,
@@ -452,6 +456,37 @@ impl Socket {
                 sys::check(sys::connect_outcome(self.0.fd)).map(drop)
             }
             other => other.map(drop),
+        }
+    }
+
+    /// On AF_UNIX with SO_SNDTIMEO: by attempts. On the ring a kernel thread would wait, which ends by that option as well, in a
+    /// race with our deadline for it; and there is nothing to poll for while a backlog is full.
+    #[cold]
+    fn connect_unix_by_option(&self, address: &SockAddr) -> Result<()> {
+        const PAUSE_NS: i64 = 5_000_000;
+        let fd = self.0.fd;
+        let limit_ns = match sys::option_timeout_ns(fd, libc::SO_SNDTIMEO) {
+            Ok(limit_ns) => limit_ns.unwrap_or(i64::MAX),
+            Err(errno) => return Err(Error::from_errno(errno)),
+        };
+        let deadline_ns = fiber::now_ns().saturating_add(limit_ns);
+        loop {
+            let connected = Op::Connect { fd, address }.attempt();
+            let now_ns = fiber::now_ns();
+            let left_ns = deadline_ns - now_ns;
+            if connected != -libc::EAGAIN || left_ns <= 0 {
+                return sys::check(connected).map(drop);
+            }
+            let mut pause = Op::Sleep {
+                duration: timespec_from_ns(PAUSE_NS * 100),
+            };
+            let target = Some((&self.0.inflight, Direction::Out));
+            let pause_ns = left_ns.min(PAUSE_NS);
+            match fiber::suspend(&mut pause, pause_ns, target) {
+                // Sooner, it is the end of an enclosing `timeout`.
+                outcome::TIMED_OUT if fiber::now_ns() >= now_ns + pause_ns => {}
+                code => return Err(error_from_outcome(code)),
+            }
         }
     }
 
@@ -1203,7 +1238,7 @@ impl Socket {
             Err(errno) => return -errno,
         };
         let expired = match op {
-            Op::Connect { .. } if self.0.family != AF_UNIX => -libc::EINPROGRESS,
+            Op::Connect { .. } => -libc::EINPROGRESS,
             _ => -libc::EAGAIN,
         };
         let deadline_ns = fiber::now_ns().saturating_add(limit_ns);
