@@ -36,7 +36,11 @@ pub use fiber::{sleep, timeout, yield_now};
 pub use log::set_log_hook;
 pub use metrics::Metrics;
 pub use runtime::{Handle, Runtime, RuntimeBuilder, Server, raise_descriptor_limit, run, serve};
-pub use socket::{OptionValue, Socket, socketpair, socketpair_with};
+pub use socket::{
+    CreateConnection, CreateServer, Keepalive, OptionValue, Socket, create_connection,
+    create_connection_with, create_server, create_server_with, has_dualstack_ipv6, socketpair,
+    socketpair_with,
+};
 pub use timeout::Timeout;
 
 /// What most programs need: the socket, its error, and Python's constants.

@@ -9,7 +9,8 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::address::SockAddr;
+use crate::address::{Address, SockAddr};
+use crate::driver::op::TRANSFER_BYTES_MAX;
 use crate::error::{Error, Result};
 
 /// The calling thread's errno.
@@ -79,6 +80,74 @@ pub(crate) fn send(fd: RawFd, buffer: &[u8], flags: i32) -> i32 {
         )
     };
     count(sent as isize)
+}
+
+pub(crate) fn sendto(fd: RawFd, buffer: &[u8], flags: i32, address: &SockAddr) -> i32 {
+    // SAFETY: the kernel reads at most `len` bytes of the borrowed buffer and the initialised address, during the call only.
+    count(unsafe {
+        libc::sendto(
+            fd,
+            buffer.as_ptr().cast(),
+            buffer.len(),
+            flags,
+            address.as_ptr(),
+            address.len(),
+        )
+    })
+}
+
+pub(crate) fn recvmsg(
+    fd: RawFd,
+    buffer: &mut [MaybeUninit<u8>],
+    message: &mut Incoming,
+    flags: i32,
+) -> i32 {
+    // SAFETY: the header names memory that is borrowed exclusively, and which the kernel writes during the call only.
+    count(unsafe { libc::recvmsg(fd, message.header(buffer), flags) })
+}
+
+/// What recvmsg(2) fills beside the buffer: the address of the sender.
+///
+/// The header points into this struct, so it is written when the struct is where it will stay for the call.
+pub(crate) struct Incoming {
+    header: libc::msghdr,
+    buffer: libc::iovec,
+    address: SockAddr,
+}
+
+impl Incoming {
+    pub(crate) fn new() -> Incoming {
+        Incoming {
+            // SAFETY: msghdr is pointers and integers, for all of which zero is a value.
+            header: unsafe { std::mem::zeroed() },
+            buffer: libc::iovec {
+                iov_base: std::ptr::null_mut(),
+                iov_len: 0,
+            },
+            address: SockAddr::empty(),
+        }
+    }
+
+    /// The header for a call into `buffer`. Valid until self moves or the buffer's borrow ends.
+    pub(crate) fn header(&mut self, buffer: &mut [MaybeUninit<u8>]) -> *mut libc::msghdr {
+        self.buffer.iov_base = buffer.as_mut_ptr().cast();
+        self.buffer.iov_len = buffer.len().min(TRANSFER_BYTES_MAX);
+        let (storage, len) = self.address.as_mut_parts();
+        self.header.msg_name = storage.cast();
+        // SAFETY: `len` points into `self.address`, and says how much room there is.
+        self.header.msg_namelen = unsafe { len.read() };
+        self.header.msg_iov = &raw mut self.buffer;
+        self.header.msg_iovlen = 1;
+        &raw mut self.header
+    }
+
+    /// The sender's address, once the call has succeeded; `None` where the kernel gave none.
+    pub(crate) fn address(&mut self) -> Option<Address> {
+        let (_, len) = self.address.as_mut_parts();
+        // SAFETY: `len` points into `self.address`. The kernel wrote an address of that length, or none and 0.
+        unsafe { len.write(self.header.msg_namelen) };
+        self.address.decode()
+    }
 }
 
 pub(crate) fn accept4(fd: RawFd, address: &mut SockAddr) -> i32 {
@@ -179,6 +248,33 @@ pub(crate) fn set_received(bytes: &mut Vec<u8>, received: usize) {
     unsafe { bytes.set_len(received) };
 }
 
+/// Bytes that the kernel reported to have written at the start of `buffer`.
+pub(crate) fn received(buffer: &mut [MaybeUninit<u8>], received: usize) -> &mut [u8] {
+    let written = &mut buffer[..received];
+    // SAFETY: callers pass a count that a receive reported for this buffer, with flags under which the kernel writes what it
+    // reports, or else with a buffer that was filled before.
+    unsafe { &mut *(&raw mut *written as *mut [u8]) }
+}
+
+/// Another descriptor of the same open file, not inherited by programs started with `exec`.
+pub(crate) fn duplicate(fd: RawFd) -> Result<OwnedFd> {
+    // SAFETY: no memory is passed.
+    let duplicate = check(result(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) }))?;
+    Ok(own(duplicate))
+}
+
+/// The descriptor's own flags (`F_GETFD`).
+pub(crate) fn descriptor_flags(fd: RawFd) -> i32 {
+    // SAFETY: no memory is passed.
+    result(unsafe { libc::fcntl(fd, libc::F_GETFD) })
+}
+
+/// Sets the descriptor's own flags (`F_SETFD`).
+pub(crate) fn set_descriptor_flags(fd: RawFd, flags: i32) -> i32 {
+    // SAFETY: no memory is passed.
+    result(unsafe { libc::fcntl(fd, libc::F_SETFD, flags) })
+}
+
 /// Closes a descriptor the caller owns. The result is of no use: on Linux the number is free whatever close(2) says.
 pub(crate) fn close(fd: RawFd) {
     // SAFETY: the caller owns `fd` and gives it up; no memory is passed.
@@ -201,6 +297,22 @@ pub(crate) fn connect_outcome(fd: RawFd) -> i32 {
         error if error < 0 => error,
         _ => -i32::from_ne_bytes(value),
     }
+}
+
+/// SO_RCVTIMEO or SO_SNDTIMEO in nanoseconds, `None` where there is none; or an errno.
+pub(crate) fn option_timeout_ns(fd: RawFd, option: i32) -> std::result::Result<Option<i64>, i32> {
+    // A timeval: seconds and microseconds.
+    let mut value = [0u8; 16];
+    const _: () = assert!(size_of::<libc::timeval>() == 16);
+    let len = getsockopt(fd, libc::SOL_SOCKET, option, &mut value);
+    if len < 0 {
+        return Err(-len);
+    }
+    let field = |index| i64::from_ne_bytes(std::array::from_fn(|byte| value[index + byte]));
+    let ns = field(0)
+        .saturating_mul(1_000_000_000)
+        .saturating_add(field(8) * 1_000);
+    Ok((ns > 0).then_some(ns))
 }
 
 /// Sets an option from bytes.

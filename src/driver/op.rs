@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
 
 use crate::address::SockAddr;
-use crate::sys;
+use crate::sys::{self, Incoming};
 
 /// The most bytes one transfer can move: the kernel's `MAX_RW_COUNT` (`INT_MAX` rounded down to a page). Longer buffers are
 /// cut to it, as `recv(2)` and `send(2)` do.
@@ -44,6 +44,20 @@ pub(crate) enum Op<'a> {
         buffer: &'a [u8],
         flags: i32,
     },
+    /// sendto(2). The result is the number of bytes the kernel took. (Not a field of `Send`, which is to stay small.)
+    SendTo {
+        fd: RawFd,
+        buffer: &'a [u8],
+        address: &'a SockAddr,
+        flags: i32,
+    },
+    /// recvmsg(2). The result is the number of bytes, which with `MSG_TRUNC` may be more than there was room for.
+    RecvMsg {
+        fd: RawFd,
+        buffer: &'a mut [MaybeUninit<u8>],
+        message: &'a mut Incoming,
+        flags: i32,
+    },
     /// accept4(2) with `SOCK_CLOEXEC`. The result is the new descriptor.
     Accept {
         fd: RawFd,
@@ -67,10 +81,12 @@ pub(crate) struct OpInfo {
     pub(crate) since: &'static str,
 }
 
-/// One row per [`Op`] variant: what the kernel is asked to have.
-pub(crate) const OPS: [OpInfo; 6] = [
+/// One row per opcode that an [`Op`] becomes: what the kernel is asked to have. (A SEND takes an address since 6.1, the oldest
+/// release that is supported at all.)
+pub(crate) const OPS: [OpInfo; 7] = [
     row("RECV", io_uring::opcode::Recv::CODE, "5.6"),
     row("SEND", io_uring::opcode::Send::CODE, "5.6"),
+    row("RECVMSG", io_uring::opcode::RecvMsg::CODE, "5.3"),
     row("ACCEPT", io_uring::opcode::Accept::CODE, "5.5"),
     row("CONNECT", io_uring::opcode::Connect::CODE, "5.5"),
     row("POLL_ADD", io_uring::opcode::PollAdd::CODE, "5.1"),
@@ -101,6 +117,23 @@ impl Op<'_> {
                 buffer,
                 (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
             ),
+            Op::SendTo {
+                fd,
+                buffer,
+                address,
+                flags,
+            } => sys::sendto(
+                *fd,
+                buffer,
+                (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+                address,
+            ),
+            Op::RecvMsg {
+                fd,
+                buffer,
+                message,
+                flags,
+            } => sys::recvmsg(*fd, buffer, message, *flags | libc::MSG_DONTWAIT),
             Op::Accept { fd, address } => without_waiting(*fd, || sys::accept4(*fd, address)),
             Op::Connect { fd, address } => without_waiting(*fd, || sys::connect(*fd, address)),
             Op::Poll { fd, events } => match sys::poll(*fd, *events, 0) {
@@ -114,8 +147,12 @@ impl Op<'_> {
     /// The descriptor and the events that make another [`attempt`](Op::attempt) worth while; `None` for a pure timer.
     pub(crate) fn readiness(&self) -> Option<(RawFd, i16)> {
         match self {
-            Op::Recv { fd, .. } | Op::Accept { fd, .. } => Some((*fd, libc::POLLIN)),
-            Op::Send { fd, .. } | Op::Connect { fd, .. } => Some((*fd, libc::POLLOUT)),
+            Op::Recv { fd, .. } | Op::RecvMsg { fd, .. } | Op::Accept { fd, .. } => {
+                Some((*fd, libc::POLLIN))
+            }
+            Op::Send { fd, .. } | Op::SendTo { fd, .. } | Op::Connect { fd, .. } => {
+                Some((*fd, libc::POLLOUT))
+            }
             Op::Poll { fd, events } => Some((*fd, *events)),
             Op::Sleep { .. } => None,
         }

@@ -439,6 +439,8 @@ fn action(op: &mut Op<'_>) -> Action {
             at_ns: duration_ns(duration),
         },
         Op::Connect { .. } | Op::Poll { .. } => Action::Ready,
+        // The script's peers are streams.
+        Op::SendTo { .. } | Op::RecvMsg { .. } => Action::Ready,
     }
 }
 

@@ -277,6 +277,28 @@ impl Uring {
             )
             .flags(*flags | libc::MSG_NOSIGNAL)
             .build(),
+            Op::SendTo {
+                fd,
+                buffer,
+                address,
+                flags,
+            } => opcode::Send::new(
+                types::Fd(*fd),
+                buffer.as_ptr(),
+                buffer.len().min(TRANSFER_BYTES_MAX) as u32,
+            )
+            .flags(*flags | libc::MSG_NOSIGNAL)
+            .dest_addr(address.as_ptr())
+            .dest_addr_len(address.len())
+            .build(),
+            Op::RecvMsg {
+                fd,
+                buffer,
+                message,
+                flags,
+            } => opcode::RecvMsg::new(types::Fd(*fd), message.header(buffer))
+                .flags(*flags as u32)
+                .build(),
             Op::Accept { fd, address } => {
                 let (storage, len) = address.as_mut_parts();
                 opcode::Accept::new(types::Fd(*fd), storage, len)

@@ -9,6 +9,9 @@
 //!                                 (in a fiber it suspends the fiber, on a plain thread it blocks the thread)
 //! ```
 //!
+//! In blocking mode the kernel's own limits, SO_RCVTIMEO and SO_SNDTIMEO, hold for system calls but not for the ring. A socket
+//! that has one is marked by a timeout of its own ([`BY_OPTION`]), so that others pay nothing for it.
+//!
 //! Calls that never wait (bind, listen, getsockname, options, shutdown) are system calls in every mode.
 //!
 //! # The life of a socket object
@@ -24,6 +27,9 @@
 //!
 //! What `close` does with calls that are under way is drawn in `fiber/inflight.rs`. This module knows no SQE and no CQE.
 
+mod convert;
+mod create;
+mod datagram;
 mod options;
 
 use std::fmt;
@@ -31,24 +37,35 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
 use crate::constants::{AF_UNIX, Family, Kind, MsgFlags, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM};
 use crate::driver::Op;
+use crate::driver::op::timespec_from_ns;
 use crate::error::{Error, Result};
-use crate::fiber::inflight::{self, Direction, InFlight};
-use crate::fiber::{self, error_from_outcome};
+use crate::fiber::inflight::{Direction, InFlight};
+use crate::fiber::{self, error_from_outcome, outcome};
 use crate::sys;
 use crate::timeout::Timeout;
 
-pub use options::OptionValue;
+pub use create::{
+    CreateConnection, CreateServer, create_connection, create_connection_with, create_server,
+    create_server_with, has_dualstack_ipv6,
+};
+pub use options::{Keepalive, OptionValue};
 
 /// `timeout_ns` of a socket in blocking mode.
 const BLOCKING: i64 = -1;
 /// `timeout_ns` of a socket in non-blocking mode.
 const NON_BLOCKING: i64 = 0;
+/// `timeout_ns` of a socket in blocking mode that has SO_RCVTIMEO or SO_SNDTIMEO. Of all timeouts, this and `NON_BLOCKING` are
+/// the ones without a bit below the sign.
+const BY_OPTION: i64 = i64::MIN;
+
+/// Receive flags with which the kernel never waits: the error queue and urgent data are there or not. (On a ring it would.)
+const FLAGS_THAT_NEVER_WAIT: i32 = libc::MSG_DONTWAIT | libc::MSG_ERRQUEUE | libc::MSG_OOB;
 
 /// Receive flags with which the kernel writes every byte it reports.
 const FLAGS_THAT_WRITE: i32 =
@@ -116,6 +133,8 @@ struct Inner {
     kind: Kind,
     proto: i32,
     timeout_ns: AtomicI64,
+    /// The socket has SO_RCVTIMEO or SO_SNDTIMEO, as far as this object knows.
+    has_option_timeouts: AtomicBool,
     inflight: InFlight,
 }
 
@@ -127,8 +146,10 @@ impl AsRef<InFlight> for Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // The last handle is gone, and with it every call. Open or closed, the number is ours.
-        sys::close(self.fd);
+        // The last handle is gone, and with it every call. Open or closed, the number is ours, unless `detach` gave it away.
+        if self.fd >= 0 {
+            sys::close(self.fd);
+        }
         fiber::settle();
     }
 }
@@ -180,6 +201,36 @@ pub fn socketpair_with(family: Family, kind: Kind, proto: i32) -> Result<(Socket
     ))
 }
 
+/// A new buffer of at most `bufsize` bytes, filled by `receive`.
+#[inline(always)]
+fn receive_buf(
+    bufsize: usize,
+    flags: MsgFlags,
+    receive: impl FnOnce(&mut [MaybeUninit<u8>]) -> Result<usize>,
+) -> Result<Buf> {
+    let mut bytes: Vec<u8> = Vec::new();
+    bytes
+        .try_reserve_exact(bufsize)
+        .map_err(|_| Error::from_errno(libc::ENOMEM))?;
+    let spare = &mut bytes.spare_capacity_mut()[..bufsize];
+    prepare_uninit(spare, flags);
+    let received = receive(spare)?.min(bufsize);
+    sys::set_received(&mut bytes, received);
+    // Python's result owns no more than it shows; a mostly empty buffer is given back.
+    if received < bufsize / 2 {
+        bytes.shrink_to_fit();
+    }
+    Ok(Buf::from_vec(bytes))
+}
+
+/// Clears the buffer where the kernel may report bytes that it did not write: with MSG_TRUNC and whatever else is not known.
+#[inline(always)]
+fn prepare_uninit(buffer: &mut [MaybeUninit<u8>], flags: MsgFlags) {
+    if flags.bits() & !FLAGS_THAT_WRITE != 0 {
+        buffer.fill(MaybeUninit::new(0));
+    }
+}
+
 impl Socket {
     /// Creates a socket. It is in blocking mode (non-blocking with `SOCK_NONBLOCK`) and not inherited by programs started
     /// with `exec`.
@@ -221,6 +272,7 @@ impl Socket {
             kind: Kind::new(kind.bits() & !(SOCK_NONBLOCK.bits() | SOCK_CLOEXEC.bits())),
             proto,
             timeout_ns: AtomicI64::new(timeout_ns),
+            has_option_timeouts: AtomicBool::new(false),
             inflight: InFlight::new(),
         })))
     }
@@ -306,6 +358,10 @@ impl Socket {
         };
         let fd = sys::own(fd);
         let socket = Socket::adopt(fd, self.0.family, self.0.kind, self.0.proto)?;
+        if self.0.has_option_timeouts.load(Ordering::SeqCst) {
+            // The new socket has inherited them, on TCP.
+            socket.look_for_option_timeouts();
+        }
         let peer = address
             .decode()
             .unwrap_or_else(|| Address::unspecified(self.0.family));
@@ -333,27 +389,104 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn connect(&self, address: impl ToAddress) -> Result<()> {
+        self.connect_to(&address.to_address(self.0.family)?.encode()?)
+    }
+
+    /// [`connect`](Socket::connect) with the errno as the result: 0 once connected, `EAGAIN` (11) when the timeout passed,
+    /// `EINPROGRESS` (115) in non-blocking mode, `ECONNREFUSED` (111), `EBADF` (9) when closed, and so on.
+    ///
+    /// A connection in progress is established, or has failed, once the descriptor is writable; `getsockopt(SOL_SOCKET,
+    /// SO_ERROR)` then says which: 0, or the errno.
+    ///
+    /// # Errors
+    ///
+    /// Only what has no errno: address errors (see [`ToAddress`]), `Cancelled`, `Shutdown`.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.connect_ex(address)`; `connect(2)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let server = ringsock::create_server(("127.0.0.1", 0))?;
+    /// let client = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+    /// assert_eq!(client.connect_ex(server.getsockname()?)?, 0);
+    /// assert_eq!(client.connect_ex(server.getsockname()?)?, 106); // EISCONN
+    /// client.close()?;
+    /// assert_eq!(client.connect_ex(server.getsockname()?)?, 9); // EBADF
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn connect_ex(&self, address: impl ToAddress) -> Result<i32> {
         let address = address.to_address(self.0.family)?.encode()?;
+        match self.connect_to(&address) {
+            Ok(()) => Ok(0),
+            Err(Error::Timeout) => Ok(libc::EAGAIN),
+            Err(Error::Os { errno, .. }) => Ok(errno),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn connect_to(&self, address: &SockAddr) -> Result<()> {
         let timeout_ns = self.timeout_ns();
         // On AF_UNIX only a full backlog makes connect wait, and Python does not wait for that once there is a timeout.
         if timeout_ns == NON_BLOCKING || (timeout_ns > 0 && self.0.family == AF_UNIX) {
-            return sys::check(sys::connect(self.0.fd, &address)).map(drop);
+            return sys::check(sys::connect(self.0.fd, address)).map(drop);
+        }
+        if timeout_ns == BY_OPTION && self.0.family == AF_UNIX {
+            return self.connect_unix_by_option(address);
         }
         let op = Op::Connect {
             fd: self.0.fd,
-            address: &address,
+            address,
         };
         match self.run(op, Direction::Out) {
             // An earlier connect timed out and goes on. In blocking mode connect(2) waits for it.
-            Err(error) if error.errno() == Some(libc::EALREADY) && timeout_ns == BLOCKING => {
+            Err(error) if error.errno() == Some(libc::EALREADY) && timeout_ns < 0 => {
                 let op = Op::Poll {
                     fd: self.0.fd,
                     events: libc::POLLOUT,
                 };
-                self.run(op, Direction::Out)?;
+                match self.run(op, Direction::Out) {
+                    // SO_SNDTIMEO: it goes on still.
+                    Err(error) if error.errno() == Some(libc::EAGAIN) => {
+                        return Err(Error::from_errno(libc::EALREADY));
+                    }
+                    ready => ready?,
+                };
                 sys::check(sys::connect_outcome(self.0.fd)).map(drop)
             }
             other => other.map(drop),
+        }
+    }
+
+    /// On AF_UNIX with SO_SNDTIMEO: by attempts. On the ring a kernel thread would wait, which ends by that option as well, in a
+    /// race with our deadline for it; and there is nothing to poll for while a backlog is full.
+    #[cold]
+    fn connect_unix_by_option(&self, address: &SockAddr) -> Result<()> {
+        const PAUSE_NS: i64 = 5_000_000;
+        let fd = self.0.fd;
+        let limit_ns = match sys::option_timeout_ns(fd, libc::SO_SNDTIMEO) {
+            Ok(limit_ns) => limit_ns.unwrap_or(i64::MAX),
+            Err(errno) => return Err(Error::from_errno(errno)),
+        };
+        let deadline_ns = fiber::now_ns().saturating_add(limit_ns);
+        loop {
+            let connected = Op::Connect { fd, address }.attempt();
+            let now_ns = fiber::now_ns();
+            let left_ns = deadline_ns - now_ns;
+            if connected != -libc::EAGAIN || left_ns <= 0 {
+                return sys::check(connected).map(drop);
+            }
+            let mut pause = Op::Sleep {
+                duration: timespec_from_ns(PAUSE_NS * 100),
+            };
+            let target = Some((&self.0.inflight, Direction::Out));
+            let pause_ns = left_ns.min(PAUSE_NS);
+            match fiber::suspend(&mut pause, pause_ns, target) {
+                // Sooner, it is the end of an enclosing `timeout`.
+                outcome::TIMED_OUT if fiber::now_ns() >= now_ns + pause_ns => {}
+                code => return Err(error_from_outcome(code)),
+            }
         }
     }
 
@@ -385,6 +518,9 @@ impl Socket {
 
     /// [`recv`](Socket::recv) with flags: `MSG_PEEK`, `MSG_WAITALL`, `MSG_DONTWAIT`, …
     ///
+    /// `MSG_OOB` and `MSG_ERRQUEUE` never wait, as for the kernel. With `MSG_TRUNC` the result is cut to `bufsize` (see
+    /// [`recv_into_with`](Socket::recv_into_with) for the length), and bytes that the kernel discarded read as zeros.
+    ///
     /// # Errors
     ///
     /// Those of [`recv`](Socket::recv); `EAGAIN` with `MSG_DONTWAIT`.
@@ -405,22 +541,60 @@ impl Socket {
         if bufsize == 0 {
             return Ok(Buf::default());
         }
-        let mut bytes: Vec<u8> = Vec::new();
-        bytes
-            .try_reserve_exact(bufsize)
-            .map_err(|_| Error::from_errno(libc::ENOMEM))?;
-        let spare = &mut bytes.spare_capacity_mut()[..bufsize];
-        if flags.bits() & !FLAGS_THAT_WRITE != 0 {
-            // MSG_TRUNC and whatever else may report bytes that it did not write.
-            spare.fill(MaybeUninit::new(0));
-        }
-        let received = self.recv_raw(spare, flags)?.min(bufsize);
-        sys::set_received(&mut bytes, received);
-        // Python's result owns no more than it shows; a mostly empty buffer is given back.
-        if received < bufsize / 2 {
-            bytes.shrink_to_fit();
-        }
-        Ok(Buf::from_vec(bytes))
+        receive_buf(bufsize, flags, |buffer| self.recv_raw(buffer, flags))
+    }
+
+    /// Receives into memory that need not be initialised: the part of `buffer` that was filled, empty at the end of the stream
+    /// (or, at once, for an empty buffer).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`recv`](Socket::recv).
+    ///
+    /// # Source
+    ///
+    /// `recv(2)`; `IORING_OP_RECV` straight into the buffer.
+    ///
+    /// ```
+    /// use std::mem::MaybeUninit;
+    /// let (left, right) = ringsock::socketpair()?;
+    /// left.sendall(b"hello")?;
+    /// let mut buffer = [MaybeUninit::uninit(); 16];
+    /// assert_eq!(right.recv_uninit(&mut buffer)?, b"hello");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn recv_uninit<'a>(&self, buffer: &'a mut [MaybeUninit<u8>]) -> Result<&'a mut [u8]> {
+        self.recv_uninit_with(buffer, MsgFlags::default())
+    }
+
+    /// [`recv_uninit`](Socket::recv_uninit) with flags. Where the kernel may count bytes that it did not write (`MSG_TRUNC`), the
+    /// buffer is cleared first, and the result is no longer than the buffer.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`recv_with`](Socket::recv_with).
+    ///
+    /// # Source
+    ///
+    /// `recv(2)`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// use std::mem::MaybeUninit;
+    /// let (left, right) = ringsock::socketpair()?;
+    /// left.sendall(b"hello")?;
+    /// let mut buffer = [MaybeUninit::uninit(); 2];
+    /// assert_eq!(right.recv_uninit_with(&mut buffer, MSG_PEEK)?, b"he");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn recv_uninit_with<'a>(
+        &self,
+        buffer: &'a mut [MaybeUninit<u8>],
+        flags: MsgFlags,
+    ) -> Result<&'a mut [u8]> {
+        prepare_uninit(buffer, flags);
+        let received = self.recv_raw(buffer, flags)?.min(buffer.len());
+        Ok(sys::received(buffer, received))
     }
 
     /// Receives into `buffer`: how many bytes arrived, 0 at the end of the stream (or, at once, for an empty buffer).
@@ -490,15 +664,22 @@ impl Socket {
             return Ok(0);
         }
         let flags = flags.bits();
-        let mut op = Op::Recv {
-            fd: self.0.fd,
-            buffer,
+        self.receive(
+            Op::Recv {
+                fd: self.0.fd,
+                buffer,
+                flags,
+                found_nothing: false,
+            },
             flags,
-            found_nothing: false,
-        };
+        )
+    }
+
+    /// The bytes that a receive, with these flags, brings.
+    #[inline(always)]
+    fn receive(&self, mut op: Op<'_>, flags: i32) -> Result<usize> {
         let timeout_ns = self.timeout_ns();
-        // The error queue never makes a call wait, except on a ring.
-        if timeout_ns == NON_BLOCKING || flags & (libc::MSG_DONTWAIT | libc::MSG_ERRQUEUE) != 0 {
+        if timeout_ns == NON_BLOCKING || flags & FLAGS_THAT_NEVER_WAIT != 0 {
             return self.attempt(op);
         }
         // A plain call would be satisfied with less than MSG_WAITALL asks for.
@@ -507,12 +688,12 @@ impl Socket {
         {
             return received(code);
         }
-        received(self.recv_later(&mut op, timeout_ns))
+        received(self.receive_later(&mut op, timeout_ns))
     }
 
     #[inline(never)]
-    fn recv_later(&self, op: &mut Op<'_>, timeout_ns: i64) -> i32 {
-        fiber::suspend(op, timeout_ns, Some((&self.0.inflight, Direction::In)))
+    fn receive_later(&self, op: &mut Op<'_>, timeout_ns: i64) -> i32 {
+        self.wait(op, Direction::In, timeout_ns)
     }
 
     // Sending.
@@ -557,23 +738,19 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn send_with(&self, bytes: &[u8], flags: MsgFlags) -> Result<usize> {
+        self.send_raw(bytes, flags.bits(), None)
+    }
+
+    /// `send`, or with an address `sendto`.
+    #[inline(always)]
+    fn send_raw(&self, bytes: &[u8], flags: i32, to: Option<&SockAddr>) -> Result<usize> {
         let timeout_ns = self.timeout_ns();
-        let flags = flags.bits();
+        let mut op = self.send_op(bytes, flags, to);
         if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
-            let op = Op::Send {
-                fd: self.0.fd,
-                buffer: bytes,
-                flags,
-            };
             return self.attempt(op);
         }
-        let mut op = Op::Send {
-            fd: self.0.fd,
-            buffer: bytes,
-            flags,
-        };
         let mut sent = match fiber::attempt_directly(&mut op) {
-            None if timeout_ns > 0 => return self.send_some(bytes, flags, timeout_ns),
+            None if timeout_ns > 0 => return self.send_some(bytes, flags, to, timeout_ns),
             None => 0,
             Some(code) if code < 0 => return Err(error_from_outcome(code)),
             Some(sent) if timeout_ns > 0 || sent as usize == bytes.len() => {
@@ -583,12 +760,13 @@ impl Socket {
         };
         // Blocking mode: send(2) returns when all is queued, or with what was queued before an error.
         loop {
-            match self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, BLOCKING) {
+            match self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, to, timeout_ns) {
                 Ok(n) => sent += n,
                 Err(error) if sent == 0 => return Err(error),
                 Err(_) => return Ok(sent),
             }
-            if sent >= bytes.len() {
+            // SO_SNDTIMEO bounds the whole call, so what is missing then timed out.
+            if sent >= bytes.len() || timeout_ns == BY_OPTION {
                 return Ok(sent);
             }
         }
@@ -661,7 +839,7 @@ impl Socket {
         let mut sent = 0;
         loop {
             // Empty data makes one send: an empty datagram.
-            sent += self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, BLOCKING)?;
+            sent += self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, None, timeout_ns)?;
             if sent >= bytes.len() {
                 return Ok(());
             }
@@ -673,7 +851,7 @@ impl Socket {
         let mut left_ns = timeout_ns;
         let mut sent = 0;
         loop {
-            sent += self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, left_ns)?;
+            sent += self.send_some(&bytes[sent..], flags | libc::MSG_WAITALL, None, left_ns)?;
             if sent >= bytes.len() {
                 return Ok(());
             }
@@ -700,16 +878,34 @@ impl Socket {
 
     /// One send that waits: the bytes the kernel took.
     #[inline(always)]
-    fn send_some(&self, bytes: &[u8], flags: i32, timeout_ns: i64) -> Result<usize> {
-        let mut op = Op::Send {
-            fd: self.0.fd,
-            buffer: bytes,
-            flags,
-        };
-        let target = Some((&self.0.inflight, Direction::Out));
-        match fiber::suspend(&mut op, timeout_ns, target) {
+    fn send_some(
+        &self,
+        bytes: &[u8],
+        flags: i32,
+        to: Option<&SockAddr>,
+        timeout_ns: i64,
+    ) -> Result<usize> {
+        if self.0.family == AF_UNIX && self.0.kind != SOCK_STREAM {
+            return self.send_when_ready(bytes, flags, to, timeout_ns);
+        }
+        let mut op = self.send_op(bytes, flags, to);
+        match self.wait(&mut op, Direction::Out, timeout_ns) {
             sent if sent >= 0 => Ok(sent as usize),
             code => Err(error_from_outcome(code)),
+        }
+    }
+
+    #[inline(always)]
+    fn send_op<'a>(&self, buffer: &'a [u8], flags: i32, to: Option<&'a SockAddr>) -> Op<'a> {
+        let fd = self.0.fd;
+        match to {
+            None => Op::Send { fd, buffer, flags },
+            Some(address) => Op::SendTo {
+                fd,
+                buffer,
+                address,
+                flags,
+            },
         }
     }
 
@@ -772,12 +968,7 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn close(&self) -> Result<()> {
-        let fd = self.0.fd;
-        inflight::close(&self.0, || {
-            if let Ok(tombstone) = sys::tombstone() {
-                sys::bury(fd, tombstone);
-            }
-        });
+        self.close_object();
         Ok(())
     }
 
@@ -817,6 +1008,8 @@ impl Socket {
             .and_then(|()| sys::check(sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING)));
         if timeout_ns != BLOCKING {
             store();
+        } else if self.0.has_option_timeouts.load(Ordering::SeqCst) {
+            self.replace_timeout(BLOCKING, BY_OPTION);
         }
         result.map(drop)
     }
@@ -835,7 +1028,7 @@ impl Socket {
     /// ```
     pub fn gettimeout(&self) -> Option<f64> {
         match self.timeout_ns() {
-            BLOCKING => None,
+            ns if ns < 0 => None,
             ns => Some(ns as f64 / 1e9),
         }
     }
@@ -950,6 +1143,12 @@ impl Socket {
     /// # Source
     ///
     /// Python `socket.family`.
+    ///
+    /// ```
+    /// let (left, _right) = ringsock::socketpair()?;
+    /// assert_eq!(left.family(), ringsock::AF_UNIX);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn family(&self) -> Family {
         self.0.family
     }
@@ -959,11 +1158,28 @@ impl Socket {
     /// # Source
     ///
     /// Python `socket.type`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let socket = Socket::new(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0)?;
+    /// assert_eq!(socket.kind(), SOCK_DGRAM);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn kind(&self) -> Kind {
         self.0.kind
     }
 
     /// The type the socket was made with: [`kind`](Socket::kind) under Python's name.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.type`.
+    ///
+    /// ```
+    /// let (left, _right) = ringsock::socketpair()?;
+    /// assert_eq!(left.r#type(), ringsock::SOCK_STREAM);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn r#type(&self) -> Kind {
         self.0.kind
     }
@@ -973,6 +1189,13 @@ impl Socket {
     /// # Source
     ///
     /// Python `socket.proto`.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let socket = Socket::new(AF_INET, SOCK_STREAM, IPPROTO_TCP)?;
+    /// assert_eq!(socket.proto(), IPPROTO_TCP);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn proto(&self) -> i32 {
         self.0.proto
     }
@@ -994,14 +1217,77 @@ impl Socket {
     /// The operation's result, waited for as the socket's mode says.
     #[inline(always)]
     fn run(&self, mut op: Op<'_>, direction: Direction) -> Result<i32> {
-        let code = match self.timeout_ns() {
-            NON_BLOCKING => op.attempt(),
-            timeout_ns => fiber::suspend(&mut op, timeout_ns, Some((&self.0.inflight, direction))),
+        let timeout_ns = self.timeout_ns();
+        let code = if timeout_ns & i64::MAX == 0 {
+            self.run_specially(&mut op, direction, timeout_ns)
+        } else {
+            fiber::suspend(&mut op, timeout_ns, Some((&self.0.inflight, direction)))
         };
         if code >= 0 {
             return Ok(code);
         }
         Err(error_from_outcome(code))
+    }
+
+    #[inline(never)]
+    fn run_specially(&self, op: &mut Op<'_>, direction: Direction, timeout_ns: i64) -> i32 {
+        if timeout_ns == NON_BLOCKING {
+            return op.attempt();
+        }
+        self.wait_by_option(op, direction)
+    }
+
+    /// The operation's result or an outcome, waited for in blocking mode or as long as `timeout_ns` says.
+    #[inline(always)]
+    fn wait(&self, op: &mut Op<'_>, direction: Direction, timeout_ns: i64) -> i32 {
+        if timeout_ns == BY_OPTION {
+            return self.wait_by_option(op, direction);
+        }
+        fiber::suspend(op, timeout_ns, Some((&self.0.inflight, direction)))
+    }
+
+    /// Waits in blocking mode, at most as long as SO_RCVTIMEO or SO_SNDTIMEO say: their end is an errno, not a `Timeout`.
+    #[cold]
+    #[inline(never)]
+    fn wait_by_option(&self, op: &mut Op<'_>, direction: Direction) -> i32 {
+        // Asked for each time: it may have been set through a duplicate of the descriptor.
+        let limit_ns = match direction {
+            Direction::In => sys::option_timeout_ns(self.0.fd, libc::SO_RCVTIMEO),
+            Direction::Out => sys::option_timeout_ns(self.0.fd, libc::SO_SNDTIMEO),
+        };
+        let limit_ns = match limit_ns {
+            Ok(limit_ns) => limit_ns.unwrap_or(BLOCKING),
+            Err(errno) => return -errno,
+        };
+        let expired = match op {
+            Op::Connect { .. } => -libc::EINPROGRESS,
+            _ => -libc::EAGAIN,
+        };
+        let deadline_ns = fiber::now_ns().saturating_add(limit_ns);
+        match fiber::suspend(op, limit_ns, Some((&self.0.inflight, direction))) {
+            // Else an enclosing `timeout` came first.
+            outcome::TIMED_OUT if limit_ns > 0 && fiber::now_ns() >= deadline_ns => expired,
+            code => code,
+        }
+    }
+
+    /// Learns whether the kernel's own timeouts are set: after somebody may have set one.
+    fn look_for_option_timeouts(&self) {
+        let is_set = |option| matches!(sys::option_timeout_ns(self.0.fd, option), Ok(Some(_)));
+        let has_any = is_set(libc::SO_RCVTIMEO) || is_set(libc::SO_SNDTIMEO);
+        // Flag first here, mode first in `settimeout`: whoever is second sees what the other one did.
+        self.0.has_option_timeouts.store(has_any, Ordering::SeqCst);
+        if has_any {
+            self.replace_timeout(BLOCKING, BY_OPTION);
+        } else {
+            self.replace_timeout(BY_OPTION, BLOCKING);
+        }
+    }
+
+    /// From one blocking mode into the other, if it is still in the first.
+    fn replace_timeout(&self, from: i64, to: i64) {
+        let order = Ordering::SeqCst;
+        let _ = self.0.timeout_ns.compare_exchange(from, to, order, order);
     }
 
     /// The operation's result without waiting, in any mode.
@@ -1029,6 +1315,7 @@ impl Socket {
             kind: SOCK_STREAM,
             proto: 0,
             timeout_ns: AtomicI64::new(BLOCKING),
+            has_option_timeouts: AtomicBool::new(false),
             inflight: InFlight::new(),
         }))
     }
