@@ -68,6 +68,14 @@ impl Config {
         }
     }
 
+    /// What a worker is left with where memory is short.
+    pub(crate) fn smallest() -> Config {
+        Config {
+            sq_entries: 2,
+            ..Config::worker()
+        }
+    }
+
     /// A plain thread's ring: one operation, its timer and a cancel at a time.
     pub(crate) fn thread() -> Config {
         Config {
