@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use ringsock::prelude::*;
 use ringsock::{Handle, JoinHandle, Result, Runtime, socketpair};
-use support::{Random, alone, checked, descriptors, eventually, listener, seed};
+use support::{Random, alone, checked, descriptors, eventually, fork, listener, seed};
 
 /// What a closed socket answers.
 fn is_ebadf<T>(result: &Result<T>) -> bool {
@@ -861,33 +861,6 @@ fn close_works_with_no_free_descriptor() {
 }
 
 // Forks.
-
-/// Forks; the child runs `child` and ends with its result: the child's code, or 1000 and the signal that killed it.
-fn fork(child: impl FnOnce() -> i32) -> i32 {
-    // SAFETY: the process is this test's own, with no other thread that holds a lock the child needs.
-    let pid = unsafe { libc::fork() };
-    assert!(pid >= 0);
-    if pid == 0 {
-        // SAFETY: no memory is passed. A child that hangs ends by the signal.
-        unsafe { libc::alarm(20) };
-        let code = child();
-        // SAFETY: it only ends the child.
-        unsafe { libc::_exit(code) }
-    }
-    let mut status = 0;
-    loop {
-        // SAFETY: `status` lives through the call; the child is ours.
-        let waited = unsafe { libc::waitpid(pid, &mut status, 0) };
-        if waited == pid {
-            break;
-        }
-    }
-    if libc::WIFSIGNALED(status) {
-        1000 + libc::WTERMSIG(status)
-    } else {
-        libc::WEXITSTATUS(status)
-    }
-}
 
 #[test]
 fn a_close_in_a_forked_child_leaves_the_parents_accept_waiting() {

@@ -263,3 +263,30 @@ pub fn child_part() -> Option<String> {
     }
     Some(part)
 }
+
+/// Forks; the child runs `child` and ends with its result: the child's code, or 1000 and the signal that killed it.
+pub fn fork(child: impl FnOnce() -> i32) -> i32 {
+    // SAFETY: the process is this test's own, with no other thread that holds a lock the child needs.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0);
+    if pid == 0 {
+        // SAFETY: no memory is passed. A child that hangs ends by the signal.
+        unsafe { libc::alarm(20) };
+        let code = child();
+        // SAFETY: it only ends the child.
+        unsafe { libc::_exit(code) }
+    }
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` lives through the call; the child is ours.
+        let waited = unsafe { libc::waitpid(pid, &mut status, 0) };
+        if waited == pid {
+            break;
+        }
+    }
+    if libc::WIFSIGNALED(status) {
+        1000 + libc::WTERMSIG(status)
+    } else {
+        libc::WEXITSTATUS(status)
+    }
+}
