@@ -100,6 +100,15 @@ impl EchoServer {
         })
     }
 
+    /// One that was started by other means.
+    pub fn adopt(process: Process, address: SocketAddr) -> EchoServer {
+        EchoServer {
+            process,
+            endpoint: Endpoint::Tcp(address),
+            _dir: TempDir::new(),
+        }
+    }
+
     pub fn connect(&self) -> Stream {
         Stream::connect(&self.endpoint).unwrap_or_else(|error| panic!("connect: {error}"))
     }

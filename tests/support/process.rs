@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -235,10 +235,28 @@ pub fn alone(test: &str, body: impl FnOnce()) {
 }
 
 /// Names the part of a child test that is to run.
-const CHILD: &str = "RINGSOCK_TEST_CHILD";
+pub const CHILD: &str = "RINGSOCK_TEST_CHILD";
 
 /// No child process lives longer, in seconds.
 const CHILD_LIMIT_S: u32 = 60;
+
+/// A command that runs `program` while strace makes system calls fail: `faults` are its options. Its process is the program's.
+pub fn traced(faults: &[&str], program: &Path) -> Command {
+    let mut command = Command::new("strace");
+    command.args(["-D", "-f", "-qq", "-o", "/dev/null"]);
+    command.args(faults).arg(program);
+    command
+}
+
+/// Whether strace is there and may trace; says so if not.
+pub fn has_strace() -> bool {
+    let probe = traced(&["-e", "trace=none"], Path::new("true")).output();
+    let there = probe.is_ok_and(|output| output.status.success());
+    if !there {
+        println!("skipped: strace is not there, or may not trace");
+    }
+    there
+}
 
 /// Runs one ignored test of this program in a process of its own.
 pub fn child(test: &str, part: &str) -> Output {
