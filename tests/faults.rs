@@ -278,6 +278,9 @@ fn child_exchanges_on_threads() {
         Ok(()) => println!("intact, {} without ring", calls_without_ring()),
         Err(error) => println!("refused: {error}"),
     }
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let left = maps.lines().filter(|line| line.contains("[io_uring]"));
+    println!("{} mappings of rings", left.count());
 }
 
 fn run_threads(fault: &str, options: &[&str], rounds: usize) -> Finished {
@@ -370,5 +373,25 @@ fn threads_without_any_ring_lose_nothing() {
         let text = String::from_utf8_lossy(&finished.stdout).into_owned();
         assert!(text.contains("intact, "), "{fault}: {finished:?}");
         assert!(!text.contains("intact, 0 without"), "{fault}: {finished:?}");
+    }
+}
+
+#[test]
+fn a_ring_that_is_not_to_be_had_leaves_no_mapping_behind() {
+    let _turn = turn();
+    if !has_strace() {
+        return;
+    }
+    // A ring takes four mappings: each of them fails, every time.
+    for which in 1..=4 {
+        let fault = format!("inject=mmap:error=ENOMEM:when={which}+{which}");
+        let finished = run_threads(&fault, &OF_RINGS, 10);
+        let text = String::from_utf8_lossy(&finished.stdout).into_owned();
+        assert!(text.contains("intact, "), "{fault}: {finished:?}");
+        assert!(!text.contains("intact, 0 without"), "{fault}: {finished:?}");
+        assert!(
+            text.contains("\n0 mappings of rings"),
+            "{fault}: {finished:?}"
+        );
     }
 }
