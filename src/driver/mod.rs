@@ -656,13 +656,14 @@ mod tests {
             driver.enter(false);
             while driver.next().is_some() {}
         }
-        // From now on only the bell can end the wait.
+        // From now on only the bell can end the wait, long before the tick.
+        let start = std::time::Instant::now();
+        driver.tick(20_000_000_000);
         for _ in 0..3 {
-            let cqes_before = driver.counters().cqes;
             bell.ring_by_eventfd();
             driver.enter(true);
             while driver.next().is_some() {}
-            assert!(driver.counters().cqes > cqes_before);
         }
+        assert!(start.elapsed().as_secs() < 15);
     }
 }
