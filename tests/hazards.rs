@@ -657,6 +657,7 @@ fn child_forks_and_returns() {
 
 #[test]
 fn a_child_that_returns_from_its_fiber_is_told_and_ends() {
+    let _turn = turn();
     let output = child("child_forks_and_returns", "all");
     let stderr = String::from_utf8_lossy(&output.stderr);
     let stdout = String::from_utf8_lossy(&output.stdout);
