@@ -6,6 +6,8 @@ compile_error!("ringsock runs on Linux only: it is built on io_uring");
 
 mod address;
 mod buf;
+#[cfg(doctest)]
+mod compile_fail;
 mod constants;
 mod driver;
 mod error;

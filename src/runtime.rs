@@ -23,7 +23,7 @@ use crate::address::{Address, ToAddress};
 use crate::constants::{
     AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SO_REUSEPORT, SOCK_STREAM, SOL_SOCKET,
 };
-use crate::driver::features::Features;
+use crate::driver::features::{self, Features};
 use crate::driver::{Config, Driver};
 use crate::error::{Error, Result};
 use crate::fiber::join::{JoinError, JoinHandle, spawn_remote};
@@ -322,7 +322,8 @@ impl RuntimeBuilder {
     }
 
     fn worker(&self, counts: Arc<Counts>) -> Result<Worker> {
-        Worker::new(Driver::uring(self.config)?, self.limits, counts)
+        let config = features::share_locked_memory(self.config, self.workers);
+        Worker::new(Driver::uring(config)?, self.limits, counts)
     }
 
     /// Starts a worker thread as far as its ring; it waits for the others.

@@ -1,14 +1,11 @@
 //! Closing: whoever waits is woken, the peer is told, and no call ever reaches another socket's descriptor.
 #![allow(unsafe_code)]
 
-#[allow(dead_code)]
 mod support;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::panic::resume_unwind;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
@@ -16,10 +13,7 @@ use std::time::{Duration, Instant};
 
 use ringsock::prelude::*;
 use ringsock::{Handle, JoinHandle, Result, Runtime, socketpair};
-use support::{Random, eventually, seed, turn};
-
-/// Far above what anything here takes: a test that gets there hangs.
-const LIMIT: Duration = Duration::from_secs(180);
+use support::{Random, alone, checked, descriptors, eventually, fork, listener, seed};
 
 /// What a closed socket answers.
 fn is_ebadf<T>(result: &Result<T>) -> bool {
@@ -27,55 +21,6 @@ fn is_ebadf<T>(result: &Result<T>) -> bool {
         .as_ref()
         .err()
         .is_some_and(|error| error.errno() == Some(libc::EBADF))
-}
-
-fn descriptors() -> usize {
-    fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
-/// Runs `body` on a thread of its own while no other test runs: it ends, and leaves no descriptor behind.
-fn checked(body: impl FnOnce() + Send + 'static) {
-    let _turn = turn();
-    // What the crate keeps as long as the process lives is there before the count.
-    thread::spawn(|| ringsock::run(|| drop(socketpair())))
-        .join()
-        .unwrap();
-    let before = descriptors();
-    let start = Instant::now();
-    let test = thread::spawn(body);
-    while !test.is_finished() {
-        assert!(start.elapsed() < LIMIT, "the test hangs");
-        thread::sleep(Duration::from_millis(1));
-    }
-    if let Err(panic) = test.join() {
-        resume_unwind(panic);
-    }
-    eventually("all descriptors are closed", || descriptors() == before);
-}
-
-/// Runs `body` in a process of its own, this very test run again: what it does to its process hurts nobody.
-fn alone(test: &str, body: impl FnOnce()) {
-    const VARIABLE: &str = "RINGSOCK_TEST_ALONE";
-    if std::env::var(VARIABLE).as_deref() == Ok(test) {
-        // SAFETY: no memory is passed. A test that hangs ends by the signal.
-        unsafe { libc::alarm(LIMIT.as_secs() as u32) };
-        body();
-        println!("{test} came to its end");
-        return;
-    }
-    let _turn = turn();
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads=1"])
-        .env(VARIABLE, test)
-        .output()
-        .unwrap();
-    let stdout = String::from_utf8_lossy(&output.stdout);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success() && stdout.contains("came to its end"),
-        "{:?}\n{stdout}\n{stderr}",
-        output.status
-    );
 }
 
 fn thread_id() -> i32 {
@@ -100,15 +45,9 @@ fn await_blocked(id: &AtomicI32) {
     await_asleep(id.load(Ordering::SeqCst));
 }
 
-fn listener() -> Socket {
-    let listener = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
-    listener.bind(("127.0.0.1", 0)).unwrap();
-    listener.listen(8).unwrap();
-    listener
-}
-
-fn tcp_pair() -> (Socket, Socket) {
-    let listener = listener();
+/// With buffers that fill soon.
+fn small_tcp_pair() -> (Socket, Socket) {
+    let listener = listener(8);
     // Before connecting, so that the window is small as well.
     listener.setsockopt(SOL_SOCKET, SO_RCVBUF, 16_384).unwrap();
     let client = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
@@ -125,7 +64,7 @@ fn pair(family: Family) -> (Socket, Socket) {
     if family == AF_UNIX {
         socketpair().unwrap()
     } else {
-        tcp_pair()
+        small_tcp_pair()
     }
 }
 
@@ -235,7 +174,7 @@ fn close_wakes(
     );
     let (socket, peer, address) = match call {
         Call::Accept => {
-            let listener = listener();
+            let listener = listener(8);
             let address = listener.getsockname().unwrap();
             (listener, None, Some(address))
         }
@@ -713,7 +652,7 @@ fn close_at_random(ring_entries: (u32, u32), rounds: usize) {
     let handle = runtime.handle();
     for round in 0..rounds {
         let (stream, peer) = socketpair().unwrap();
-        let listener = listener();
+        let listener = listener(8);
         if random.up_to(2) == 1 {
             stream.settimeout(100).unwrap();
             listener.settimeout(100).unwrap();
@@ -923,40 +862,13 @@ fn close_works_with_no_free_descriptor() {
 
 // Forks.
 
-/// Forks; the child runs `child` and ends with its result: the child's code, or 1000 and the signal that killed it.
-fn fork(child: impl FnOnce() -> i32) -> i32 {
-    // SAFETY: the process is this test's own, with no other thread that holds a lock the child needs.
-    let pid = unsafe { libc::fork() };
-    assert!(pid >= 0);
-    if pid == 0 {
-        // SAFETY: no memory is passed. A child that hangs ends by the signal.
-        unsafe { libc::alarm(20) };
-        let code = child();
-        // SAFETY: it only ends the child.
-        unsafe { libc::_exit(code) }
-    }
-    let mut status = 0;
-    loop {
-        // SAFETY: `status` lives through the call; the child is ours.
-        let waited = unsafe { libc::waitpid(pid, &mut status, 0) };
-        if waited == pid {
-            break;
-        }
-    }
-    if libc::WIFSIGNALED(status) {
-        1000 + libc::WTERMSIG(status)
-    } else {
-        libc::WEXITSTATUS(status)
-    }
-}
-
 #[test]
 fn a_close_in_a_forked_child_leaves_the_parents_accept_waiting() {
     alone(
         "a_close_in_a_forked_child_leaves_the_parents_accept_waiting",
         || {
             for in_fiber in [false, true] {
-                let listener = listener();
+                let listener = listener(8);
                 let address = listener.getsockname().unwrap();
                 let id = Arc::new(AtomicI32::new(0));
                 let accepting = {
@@ -1122,7 +1034,7 @@ fn every_round_of_opening_and_closing_gives_its_descriptors_back() {
             let work = || {
                 for round in 0..300 {
                     let (left, right) = socketpair().unwrap();
-                    let listener = listener();
+                    let listener = listener(8);
                     if round % 3 == 0 {
                         left.close().unwrap();
                     }

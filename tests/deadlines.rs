@@ -1,13 +1,10 @@
 //! Deadlines: a timeout is neither early nor late, and it loses nothing that arrives just then.
 #![allow(unsafe_code)]
 
-#[allow(dead_code)]
 mod support;
 
-use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::unix::thread::JoinHandleExt;
-use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -15,10 +12,7 @@ use std::time::{Duration, Instant};
 
 use ringsock::prelude::*;
 use ringsock::{JoinError, Result, Runtime, socketpair};
-use support::{Random, eventually, seed, turn};
-
-/// Far above what anything here takes: a test that gets there hangs.
-const LIMIT: Duration = Duration::from_secs(300);
+use support::{Random, checked, listener, seed, tcp_pair};
 
 /// What a clock may differ from another: no timeout is earlier than this.
 const EARLY: Duration = Duration::from_millis(1);
@@ -34,43 +28,12 @@ fn trials() -> usize {
     given.and_then(|text| text.parse().ok()).unwrap_or(20_000)
 }
 
-fn descriptors() -> usize {
-    fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
-/// Runs `body` on a thread of its own while no other test runs: it ends, and leaves no descriptor behind.
-fn checked(body: impl FnOnce() + Send + 'static) {
-    let _turn = turn();
-    // What the crate keeps as long as the process lives is there before the count.
-    thread::spawn(|| ringsock::run(|| drop(socketpair())))
-        .join()
-        .unwrap();
-    let before = descriptors();
-    let start = Instant::now();
-    let test = thread::spawn(body);
-    while !test.is_finished() {
-        assert!(start.elapsed() < LIMIT, "the test hangs");
-        thread::sleep(Duration::from_millis(1));
-    }
-    if let Err(panic) = test.join() {
-        resume_unwind(panic);
-    }
-    eventually("all descriptors are closed", || descriptors() == before);
-}
-
 /// Runs `body` on a plain thread, and in a fiber.
 fn in_both_worlds(body: fn(&'static str)) {
     checked(move || {
         body("on a plain thread");
         ringsock::run(move || body("in a fiber"));
     });
-}
-
-fn listener(backlog: i32) -> Socket {
-    let listener = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
-    listener.bind(("127.0.0.1", 0)).unwrap();
-    listener.listen(backlog).unwrap();
-    listener
 }
 
 /// Sends until nothing more fits, without waiting: how many bytes fitted.
@@ -235,14 +198,6 @@ fn write_when_told(socket: &Socket) {
         socket.sendall(&bytes).unwrap();
         offset += count;
     }
-}
-
-fn tcp_pair() -> (Socket, Socket) {
-    let listener = listener(1);
-    let client = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
-    client.connect(listener.getsockname().unwrap()).unwrap();
-    let (server, _) = listener.accept().unwrap();
-    (client, server)
 }
 
 /// Receives with a timeout what the peer, told to, sends around that time.

@@ -3,7 +3,6 @@
 
 #![allow(unsafe_code)]
 
-#[allow(dead_code)]
 mod support;
 
 use std::fs;

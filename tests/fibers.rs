@@ -1,28 +1,24 @@
 //! Fibers through the public API: starting, joining, cancelling, panics, limits, fairness, stack overflow.
 #![allow(unsafe_code)]
 
+mod support;
+
 use std::cell::{Cell, RefCell};
 use std::hint::black_box;
 use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
-use std::process::{Command, Output};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, mpsc};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use ringsock::prelude::*;
 use ringsock::{
     Builder, Handle, JoinError, JoinHandle, Runtime, Timeout, run, sleep, socketpair, spawn,
     timeout, yield_now,
 };
-
-/// Names the part of a child test that is to run.
-const CHILD: &str = "RINGSOCK_TEST_CHILD";
-
-/// No child process lives longer, in seconds.
-const CHILD_LIMIT_S: u32 = 60;
+use support::{Random, child, child_part, listener, seed};
 
 /// Ends the process if a test hangs, so that the others are not waited for in vain.
 struct Watchdog(Arc<AtomicBool>);
@@ -49,37 +45,6 @@ impl Watchdog {
 impl Drop for Watchdog {
     fn drop(&mut self) {
         self.0.store(true, Ordering::SeqCst);
-    }
-}
-
-/// xorshift64: enough to vary sizes and moments, and repeatable by its seed.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Random {
-        let seed = match std::env::var("RINGSOCK_TEST_SEED") {
-            Ok(seed) => seed.parse().expect("RINGSOCK_TEST_SEED is a number"),
-            Err(_) => SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(1, |now| now.as_nanos() as u64),
-        };
-        println!("RINGSOCK_TEST_SEED={seed}");
-        Random(seed | 1)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    fn fork(&mut self) -> Random {
-        Random(self.next() | 1)
     }
 }
 
@@ -112,43 +77,12 @@ fn check_echo(conn: &Socket, messages: usize, random: &mut Random) {
     }
 }
 
-fn listener() -> Socket {
-    let listener = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
-    listener.bind(("127.0.0.1", 0)).unwrap();
-    listener.listen(16).unwrap();
-    listener
-}
-
 fn panic_text(error: JoinError) -> String {
     let payload = error.into_panic().expect("the fiber panicked");
     match payload.downcast::<String>() {
         Ok(text) => *text,
         Err(payload) => (*payload.downcast::<&str>().expect("a text")).to_owned(),
     }
-}
-
-/// Runs one ignored test of this program in a process of its own.
-fn child(test: &str, part: &str) -> Output {
-    Command::new(std::env::current_exe().expect("a running program has a path"))
-        .args(["--exact", test, "--ignored", "--nocapture"])
-        .env(CHILD, part)
-        .output()
-        .expect("the test program starts")
-}
-
-/// In a child: which part of it is to run. `None` if the test was started by hand.
-fn child_part() -> Option<String> {
-    let part = std::env::var(CHILD).ok()?;
-    let no_core = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: both calls concern this process only and read what they are given.
-    unsafe {
-        libc::setrlimit(libc::RLIMIT_CORE, &no_core);
-        libc::alarm(CHILD_LIMIT_S);
-    }
-    Some(part)
 }
 
 fn thread_cpu() -> Duration {
@@ -281,7 +215,7 @@ fn cancel_interrupts_every_kind_of_wait() {
                 .is_would_block()
         );
         full.setblocking(true).unwrap();
-        let listener = listener();
+        let listener = listener(16);
         let sleeper = spawn(|| sleep(None));
         let joined = spawn(|| sleep(None));
         let timed_joined = spawn(|| sleep(None));
@@ -505,7 +439,7 @@ fn calls_in_destructors_of_a_panicking_fiber_do_not_suspend() {
     }
 
     let _watchdog = Watchdog::start("calls_in_destructors_of_a_panicking_fiber_do_not_suspend");
-    let mut random = Random::new();
+    let mut random = Random::new(seed());
     run(move || {
         // A backlog that is full: connecting to it would wait for long.
         let full = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
@@ -751,7 +685,7 @@ fn spawn_on_a_worker_that_is_not_there_is_an_error() {
 fn timed_joins_wakes_and_cancels_at_once_lose_nothing() {
     for ring_entries in [(256, 8), (2, 2)] {
         let _watchdog = Watchdog::start("timed_joins_wakes_and_cancels_at_once_lose_nothing");
-        let mut random = Random::new();
+        let mut random = Random::new(seed());
         let runtime = Runtime::builder()
             .workers(2)
             .ring_entries(ring_entries.0, ring_entries.1)
@@ -932,7 +866,7 @@ fn a_cancelled_fiber_stops_waiting_for_room() {
 #[test]
 fn the_smallest_ring_serves_500_fibers() {
     let _watchdog = Watchdog::start("the_smallest_ring_serves_500_fibers");
-    let mut random = Random::new();
+    let mut random = Random::new(seed());
     let handle = Runtime::builder()
         .ring_entries(2, 2)
         .run(move || {

@@ -2,7 +2,6 @@
 //! again, with one test only.
 #![allow(unsafe_code)]
 
-#[allow(dead_code)]
 mod support;
 
 use std::fs;

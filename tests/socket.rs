@@ -1,27 +1,23 @@
 //! The socket object: what each method does in a fiber and on a plain thread, and beside the sockets of std.
 #![allow(unsafe_code)]
 
+mod support;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use ringsock::prelude::*;
 use ringsock::{
     OptionValue, Runtime, UnixAddr, run, socketpair, socketpair_with, spawn, yield_now,
 };
-
-/// Says that this process is a child made for one test.
-const CHILD: &str = "RINGSOCK_TEST_CHILD";
-
-/// No child process lives longer, in seconds.
-const CHILD_LIMIT_S: u32 = 60;
+use support::{Random, child, child_part, seed};
 
 /// Runs a test in both settings: on a plain thread, and in a fiber.
 fn on_both(test: fn()) {
@@ -44,25 +40,6 @@ impl<T> Beside<T> {
             .recv_timeout(Duration::from_secs(60))
             .expect("the other side ends")
     }
-}
-
-fn seed() -> u64 {
-    let seed = match std::env::var("RINGSOCK_TEST_SEED") {
-        Ok(seed) => seed.parse().expect("RINGSOCK_TEST_SEED is a number"),
-        Err(_) => SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map_or(1, |now| now.as_nanos() as u64),
-    };
-    println!("RINGSOCK_TEST_SEED={seed}");
-    seed | 1
-}
-
-/// xorshift64.
-fn random(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
 }
 
 fn tcp() -> Socket {
@@ -710,14 +687,11 @@ fn sending_nothing_on_a_stream_sends_nothing() {
 #[test]
 #[ignore = "run by a_broken_pipe_is_an_error_without_a_signal"]
 fn child_breaks_pipes() {
-    if std::env::var_os(CHILD).is_none() {
+    if child_part().is_none() {
         return;
     }
-    // SAFETY: both calls concern this process only. Rust's runtime ignores SIGPIPE; here it would end the process.
-    unsafe {
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
-        libc::alarm(CHILD_LIMIT_S);
-    }
+    // SAFETY: it concerns this process only. Rust's runtime ignores SIGPIPE; here it would end the process.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     on_both(|| {
         for timeout in [None, Some(10.0), Some(0.0)] {
             for (left, right) in [socketpair().unwrap(), connected()] {
@@ -758,11 +732,7 @@ fn child_breaks_pipes() {
 
 #[test]
 fn a_broken_pipe_is_an_error_without_a_signal() {
-    let output = Command::new(std::env::current_exe().expect("a running program has a path"))
-        .args(["--exact", "child_breaks_pipes", "--ignored", "--nocapture"])
-        .env(CHILD, "1")
-        .output()
-        .expect("the test program starts");
+    let output = child("child_breaks_pipes", "all");
     assert!(
         output.status.success(),
         "signal {:?}\n{}\n{}",
@@ -1141,22 +1111,24 @@ fn a_refused_datagram_is_told_at_the_next_call() {
 // Several users of one socket.
 
 /// Sends `total` bytes that count up, in pieces of random lengths.
-fn send_counted(socket: &Socket, total: usize, mut state: u64) {
+fn send_counted(socket: &Socket, total: usize, seed: u64) {
     let bytes: Vec<u8> = (0..total).map(|n| (n % 251) as u8).collect();
     let mut rest = &bytes[..];
+    let mut random = Random::new(seed);
     while !rest.is_empty() {
-        let n = rest.len().min(1 + random(&mut state) as usize % 20_000);
+        let n = rest.len().min(random.up_to(20_000));
         socket.sendall(&rest[..n]).unwrap();
         rest = &rest[n..];
     }
 }
 
 /// Receives bytes that count up.
-fn receive_counted(socket: &Socket, total: usize, mut state: u64) {
+fn receive_counted(socket: &Socket, total: usize, seed: u64) {
     let mut buffer = vec![0; 20_000];
     let mut got = 0;
+    let mut random = Random::new(seed);
     while got < total {
-        let most = 1 + random(&mut state) as usize % buffer.len();
+        let most = random.up_to(buffer.len());
         let n = socket.recv_into(&mut buffer[..most]).unwrap();
         assert_ne!(n, 0);
         for byte in &buffer[..n] {

@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use super::Config;
 use crate::error::{Error, Text};
 use crate::sys;
 
@@ -47,7 +48,34 @@ impl Features {
     ///
     /// `io_uring_setup(2)`, `io_uring_register(2)` (`IORING_REGISTER_PROBE`).
     pub fn probe() -> crate::Result<Features> {
-        super::Driver::uring(super::Config::thread()).map(|driver| driver.features().clone())
+        let mut features = super::Driver::uring(Config::thread())?.features().clone();
+        features.add_locked_memory(locked_memory_limit());
+        Ok(features)
+    }
+
+    /// Whether this machine's workers get rings of full size, as far as the locked-memory limit goes.
+    fn add_locked_memory(&mut self, limit_bytes: Option<u64>) {
+        const NAME: &str = "full-size rings";
+        let Some(limit_bytes) = limit_bytes else {
+            return self.on(NAME, "no limit of locked memory holds for this process");
+        };
+        let worker_bytes = ring_bytes(Config::worker());
+        let what = format!(
+            "the locked-memory limit of {} KiB holds {} workers' rings of {} KiB each",
+            limit_bytes / 1024,
+            limit_bytes / worker_bytes,
+            worker_bytes / 1024
+        );
+        let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+        if limit_bytes / worker_bytes >= workers {
+            self.on(NAME, &what);
+        } else {
+            self.off(
+                NAME,
+                format!("{what}; more workers get smaller ones"),
+                "raise RLIMIT_MEMLOCK (`ulimit -l 8192`)",
+            );
+        }
     }
 
     /// The features, in the order in which they were asked for.
@@ -118,14 +146,7 @@ pub(crate) fn setup_error(errno: i32) -> Error {
                          with CONFIG_IO_URING, and a filter that allows io_uring_setup, io_uring_enter and \
                          io_uring_register"
             .to_owned(),
-        libc::ENOMEM => {
-            let limit = sys::rlimit(libc::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft / 1024);
-            format!(
-                "not enough memory for even the smallest ring, which counts against the locked-memory limit \
-                 (RLIMIT_MEMLOCK, {limit} KiB now): raise it to 8 MiB or more with `ulimit -l 8192`, LimitMEMLOCK= in the \
-                 systemd unit, or `docker run --ulimit memlock=8388608`"
-            )
-        }
+        libc::ENOMEM => no_memory(locked_memory_limit()),
         libc::EMFILE | libc::ENFILE => {
             let limit = sys::rlimit(libc::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
             format!(
@@ -139,6 +160,67 @@ pub(crate) fn setup_error(errno: i32) -> Error {
         errno,
         message: Some(Text::from(text)),
     }
+}
+
+fn no_memory(limit_bytes: Option<u64>) -> String {
+    match limit_bytes {
+        Some(bytes) => format!(
+            "not enough memory for another ring: all rings of this user share the locked-memory limit (RLIMIT_MEMLOCK) of \
+             {} KiB, and a worker's ring takes {} KiB, the smallest {} KiB: raise the limit to 8 MiB or more with \
+             `ulimit -l 8192`, LimitMEMLOCK= in the systemd unit, or `docker run --ulimit memlock=8388608`, or use fewer workers",
+            bytes / 1024,
+            ring_bytes(Config::worker()) / 1024,
+            ring_bytes(Config::smallest()) / 1024
+        ),
+        None => format!(
+            "not enough memory for another ring, though the smallest takes only {} KiB and no locked-memory limit holds: \
+             raise the limit of address space (`ulimit -v`) or of the control group's memory, or end other programs",
+            ring_bytes(Config::smallest()) / 1024
+        ),
+    }
+}
+
+/// Bytes of locked memory that a ring takes: its two mappings, each in whole pages. Linux 6.18 counts them against the limit; 6.12
+/// did not yet.
+fn ring_bytes(config: Config) -> u64 {
+    const SQE_BYTES: u64 = 64;
+    const CQE_BYTES: u64 = 16;
+    // The positions of both queues.
+    const HEAD_BYTES: u64 = 64;
+    let page = sys::page_size() as u64;
+    let entries = u64::from(config.sq_entries);
+    let cq_entries = entries * u64::from(config.cq_per_sq);
+    (entries * SQE_BYTES).next_multiple_of(page)
+        + (HEAD_BYTES + cq_entries * CQE_BYTES).next_multiple_of(page)
+}
+
+/// The ring that each of `rings` gets where the locked-memory limit does not hold so many of the size asked for. Without this the
+/// first would take all and leave nothing for the last.
+pub(crate) fn share_locked_memory(config: Config, rings: usize) -> Config {
+    match locked_memory_limit() {
+        Some(limit_bytes) => shrink(config, limit_bytes / rings as u64),
+        None => config,
+    }
+}
+
+fn shrink(mut config: Config, bytes_max: u64) -> Config {
+    while ring_bytes(config) > bytes_max && config.sq_entries > Config::smallest().sq_entries {
+        config.sq_entries /= 2;
+    }
+    config
+}
+
+/// RLIMIT_MEMLOCK in bytes; `None` where it does not hold for this process.
+fn locked_memory_limit() -> Option<u64> {
+    const CAP_IPC_LOCK: u32 = 14;
+    let (bytes, _) = sys::rlimit(libc::RLIMIT_MEMLOCK)?;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    let exempt = effective.is_some_and(|bits| bits >> CAP_IPC_LOCK & 1 == 1);
+    (!exempt && bytes != libc::RLIM_INFINITY).then_some(bytes)
 }
 
 /// The error for a kernel that has io_uring but is too old.
@@ -170,7 +252,7 @@ mod tests {
         for (errno, word) in [
             (libc::EPERM, "seccomp"),
             (libc::ENOSYS, "6.1"),
-            (libc::ENOMEM, "ulimit -l"),
+            (libc::ENOMEM, "memory"),
             (libc::EMFILE, "ulimit -n"),
             (libc::EINVAL, "6.1"),
         ] {
@@ -178,6 +260,49 @@ mod tests {
             assert_eq!(error.errno(), Some(errno));
             assert!(error.to_string().contains(word), "{error}");
             assert!(!error.to_string().contains('\n'), "one sentence: {error}");
+        }
+    }
+
+    #[test]
+    fn out_of_memory_names_limit_need_and_remedy() {
+        let text = no_memory(Some(64 << 10));
+        for word in [
+            "RLIMIT_MEMLOCK",
+            "of 64 KiB",
+            "takes 52 KiB",
+            "8 KiB",
+            "ulimit -l",
+        ] {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+        // What no locked-memory limit caused, none cures.
+        assert!(!no_memory(None).contains("ulimit -l"));
+    }
+
+    #[test]
+    fn a_ring_takes_what_the_kernel_charges() {
+        // The worker's: 16 KiB of submissions, 32 KiB of completions and the page with the positions.
+        assert_eq!(ring_bytes(Config::worker()), 52 << 10);
+        assert_eq!(ring_bytes(Config::thread()), 8 << 10);
+        assert_eq!(ring_bytes(Config::smallest()), 8 << 10);
+    }
+
+    #[test]
+    fn rings_share_a_limit_that_does_not_hold_all() {
+        let entries = |bytes_max| shrink(Config::worker(), bytes_max).sq_entries;
+        assert_eq!(entries(u64::MAX), 256);
+        assert_eq!(entries(52 << 10), 256);
+        assert_eq!(entries(51 << 10), 128);
+        assert_eq!(entries(8 << 10), 16);
+        assert_eq!(entries(0), 2);
+    }
+
+    #[test]
+    fn the_table_says_how_many_rings_the_limit_holds() {
+        for (limit_bytes, on) in [(None, true), (Some(u64::MAX / 2), true), (Some(0), false)] {
+            let mut features = Features::default();
+            features.add_locked_memory(limit_bytes);
+            assert_eq!(features.is_on("full-size rings"), on, "{features}");
         }
     }
 }

@@ -68,6 +68,14 @@ impl Config {
         }
     }
 
+    /// What a worker is left with where memory is short.
+    pub(crate) fn smallest() -> Config {
+        Config {
+            sq_entries: 2,
+            ..Config::worker()
+        }
+    }
+
     /// A plain thread's ring: one operation, its timer and a cancel at a time.
     pub(crate) fn thread() -> Config {
         Config {
@@ -513,6 +521,149 @@ impl Driver {
             Backend::Uring(_) => op.attempt(),
             #[cfg(test)]
             Backend::Scripted(script) => script.attempt(op),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(unsafe_code)]
+mod tests {
+    use super::*;
+
+    fn driver(sq_entries: u32, cq_per_sq: u32) -> Driver {
+        Driver::uring(Config {
+            sq_entries,
+            cq_per_sq,
+            awaits_timers: false,
+        })
+        .unwrap()
+    }
+
+    /// Starts an operation for a new waiter of this number, reaping whatever has to go first: its key.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Driver::submit`].
+    unsafe fn start(
+        driver: &mut Driver,
+        number: usize,
+        op: &mut Op<'_>,
+        reaped: &mut Vec<(Waiter, Completion)>,
+    ) -> Key {
+        let slot = driver.slots().register(Waiter::new(number).unwrap());
+        let key = driver.slots().begin(slot);
+        // SAFETY: the caller's promise.
+        while unsafe { driver.submit(op, key, None) } == Err(Full) {
+            driver.enter(false);
+            reaped.extend(std::iter::from_fn(|| driver.next()));
+        }
+        key
+    }
+
+    #[test]
+    fn a_completion_queue_of_eight_delivers_ten_thousand_completions_once_each() {
+        const OPERATIONS: usize = 10_000;
+        for (sq_entries, cq_per_sq) in [(4, 2), (2, 4), (2, 2)] {
+            let eventfd = sys::eventfd().unwrap();
+            let mut driver = driver(sq_entries, cq_per_sq);
+            let mut reaped = Vec::new();
+            for number in 1..=OPERATIONS {
+                let mut op = Op::Poll {
+                    fd: eventfd.as_raw_fd(),
+                    events: libc::POLLIN,
+                };
+                // SAFETY: a poll names no memory.
+                unsafe { start(&mut driver, number, &mut op, &mut reaped) };
+            }
+            driver.enter(false);
+            assert!(reaped.is_empty() && driver.next().is_none());
+            assert_eq!(driver.slots().waiting(), OPERATIONS);
+            // All at once.
+            sys::ring_eventfd(eventfd.as_raw_fd());
+            while driver.slots().waiting() > 0 {
+                driver.enter(true);
+                reaped.extend(std::iter::from_fn(|| driver.next()));
+            }
+            let mut waiters: Vec<usize> = reaped.iter().map(|(waiter, _)| waiter.get()).collect();
+            waiters.sort_unstable();
+            assert_eq!(waiters, (1..=OPERATIONS).collect::<Vec<_>>());
+            let counters = driver.counters();
+            assert!(counters.cq_overflows > 0, "{counters:?}");
+            assert!(counters.sq_full > 0, "{counters:?}");
+            assert_eq!(driver.slots().unknown(), 0);
+        }
+    }
+
+    #[test]
+    fn cancels_of_a_thousand_operations_on_the_smallest_ring_reach_each() {
+        const OPERATIONS: usize = 1000;
+        let eventfd = sys::eventfd().unwrap();
+        let mut driver = driver(2, 2);
+        let mut reaped = Vec::new();
+        let keys: Vec<Key> = (1..=OPERATIONS)
+            .map(|number| {
+                let mut op = Op::Poll {
+                    fd: eventfd.as_raw_fd(),
+                    events: libc::POLLIN,
+                };
+                // SAFETY: a poll names no memory.
+                unsafe { start(&mut driver, number, &mut op, &mut reaped) }
+            })
+            .collect();
+        for key in keys {
+            while driver.cancel(key) == Err(Full) {
+                driver.enter(false);
+                reaped.extend(std::iter::from_fn(|| driver.next()));
+            }
+        }
+        while driver.slots().waiting() > 0 || !driver.is_settled() {
+            driver.enter(true);
+            reaped.extend(std::iter::from_fn(|| driver.next()));
+        }
+        assert_eq!(reaped.len(), OPERATIONS);
+        assert!(
+            reaped
+                .iter()
+                .all(|(_, completion)| completion.res == -libc::ECANCELED)
+        );
+        assert_eq!(driver.slots().unknown(), 0);
+    }
+
+    #[test]
+    fn a_bell_survives_overflows_of_the_completion_queue() {
+        let eventfd = sys::eventfd().unwrap();
+        let mut driver = driver(4, 2);
+        let bell = driver.bell().unwrap();
+        let mut reaped = Vec::new();
+        for number in 1..=100 {
+            let mut op = Op::Poll {
+                fd: eventfd.as_raw_fd(),
+                events: libc::POLLIN,
+            };
+            // SAFETY: a poll names no memory.
+            unsafe { start(&mut driver, number, &mut op, &mut reaped) };
+        }
+        driver.enter(false);
+        sys::ring_eventfd(eventfd.as_raw_fd());
+        // Rung while the queue is full, the watch ends; the next enter sets it up again.
+        bell.ring_by_eventfd();
+        while driver.slots().waiting() > 0 {
+            driver.enter(true);
+            reaped.extend(std::iter::from_fn(|| driver.next()));
+        }
+        assert_eq!(reaped.len(), 100);
+        while driver.has_work() || driver.eventfd_unwatched {
+            driver.enter(false);
+            while driver.next().is_some() {}
+        }
+        // From now on only the bell can end the wait, long before the tick.
+        let start = std::time::Instant::now();
+        driver.tick(20_000_000_000);
+        for _ in 0..3 {
+            bell.ring_by_eventfd();
+            driver.enter(true);
+            while driver.next().is_some() {}
+            assert!(start.elapsed().as_secs() < 15);
         }
     }
 }

@@ -108,6 +108,16 @@ impl Mapping {
         })
     }
 
+    /// Gives the memory back.
+    ///
+    /// # Safety
+    ///
+    /// Called once, by the process that mapped it; nothing points into it any more.
+    unsafe fn unmap(&self) {
+        // SAFETY: mapped by `new` with this length; the rest is the caller's promise.
+        unsafe { libc::munmap(self.address.cast(), self.len) };
+    }
+
     fn at<T>(&self, offset: u32) -> *mut T {
         assert!(offset as usize + size_of::<T>() <= self.len);
         // SAFETY: inside the mapping, as just checked; the kernel aligns its fields.
@@ -149,7 +159,9 @@ impl Queues {
             ring.as_raw_fd(),
             OFF_SQES,
             params.sq_entries as usize * size_of::<squeue::Entry>(),
-        )?;
+        )
+        // SAFETY: mapped just above, and not used yet.
+        .inspect_err(|_| unsafe { memory.unmap() })?;
         let shared_sq_head: *const AtomicU32 = memory.at(params.sq_off.head);
         let shared_cq_head: *const AtomicU32 = memory.at(params.cq_off.head);
         // SAFETY: the kernel keeps these counters at these offsets for as long as the mapping lives.
@@ -276,8 +288,8 @@ impl Queues {
     /// Called once, by the process that mapped it; the queues are not used afterwards.
     pub(crate) unsafe fn unmap(&mut self) {
         for mapping in [&self.ring, &self.sqe_memory] {
-            // SAFETY: mapped by `Mapping::new` with this length, and not used again.
-            unsafe { libc::munmap(mapping.address.cast(), mapping.len) };
+            // SAFETY: the caller's promise.
+            unsafe { mapping.unmap() };
         }
     }
 }

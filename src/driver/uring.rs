@@ -153,7 +153,7 @@ fn climb<R>(
             }
             Err(error) => match error.raw_os_error().unwrap_or(libc::EINVAL) {
                 libc::EINVAL if rungs > 0 => rungs -= 1,
-                libc::ENOMEM if sq_entries > 2 => sq_entries /= 2,
+                libc::ENOMEM if sq_entries > Config::smallest().sq_entries => sq_entries /= 2,
                 errno => return Err(features::setup_error(errno)),
             },
         }

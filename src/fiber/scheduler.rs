@@ -205,8 +205,10 @@ impl Worker {
         }
         self.direct_calls.set(calls + 1);
         match self.attempt(op) {
-            code if code == -libc::EAGAIN => None,
-            result => Some(result),
+            sent if sent >= 0 => Some(sent),
+            // What is to be repeated is repeated by the ring.
+            code if matches!(-code, libc::EAGAIN | libc::EINTR) => None,
+            code => Some(code),
         }
     }
 

@@ -1,0 +1,397 @@
+//! Faults: strace makes system calls fail, one after the other, under a server and under plain threads. What can be repeated
+//! costs nothing; what cannot is an error or a fallback. Nothing panics, hangs, or comes back changed.
+//!
+//! RINGSOCK_FAULT_RUNS is how many runs each sweep may take (a good day's: 300); without it a few of each kind.
+#![allow(unsafe_code)]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::process::Command;
+use std::thread;
+
+use ringsock::prelude::*;
+use ringsock::{Result, calls_without_ring};
+use support::{
+    CHILD, EchoServer, Finished, Process, Random, Stream, child_part, example, has_strace, seed,
+    traced, turn,
+};
+
+/// How many runs a sweep takes: of `all` of them about `few`, evenly spread, unless more are asked for.
+fn spread<T: Clone>(all: &[T], few: usize) -> Vec<T> {
+    let asked = std::env::var("RINGSOCK_FAULT_RUNS").ok();
+    let runs = asked.map_or(few, |text| text.parse().expect("a number"));
+    let step = all.len().div_ceil(runs.max(1)).max(1);
+    all.iter().step_by(step).cloned().collect()
+}
+
+/// Every error with every place in the sequence of calls: the `first` of a thread fails, and then each `step`th.
+fn sweep(call: &str, errors: &[&str], firsts: &[u32], steps: &[u32]) -> Vec<String> {
+    let mut faults = Vec::new();
+    for first in firsts {
+        for step in steps {
+            for error in errors {
+                faults.push(format!("inject={call}:error={error}:when={first}+{step}"));
+            }
+        }
+    }
+    faults
+}
+
+/// The descriptor that a fault is about, for calls that have many uses.
+const OF_RINGS: [&str; 2] = ["-P", "anon_inode:[io_uring]"];
+
+// A server.
+
+/// Starts the server under a fault. `None` if it ended, which it may do with one line that says why.
+fn start_server(fault: &str, options: &[&str]) -> Option<EchoServer> {
+    let trace = format!("trace={}", call_of(fault));
+    let mut faults = vec!["-e", &trace, "-e", fault];
+    faults.extend_from_slice(options);
+    let mut command = traced(&faults, &example("echo_server"));
+    command.args(["--bind", "127.0.0.1:0", "--timeout", "60"]);
+    let mut process = Process::start(&mut command, b"").unwrap();
+    let Some(line) = process.try_line() else {
+        let finished = process.wait();
+        assert_eq!(finished.status.code(), Some(1), "{fault}: {finished:?}");
+        assert_quiet(fault, &finished, 1);
+        return None;
+    };
+    let address = line.strip_prefix("listening on ").expect("an address");
+    Some(EchoServer::adopt(process, address.parse().unwrap()))
+}
+
+fn call_of(fault: &str) -> &str {
+    let rest = fault.strip_prefix("inject=").expect("a fault");
+    rest.split(':').next().expect("a call")
+}
+
+fn assert_quiet(fault: &str, finished: &Finished, lines_max: usize) {
+    assert!(
+        !finished.stderr.contains("panicked"),
+        "{fault}: {finished:?}"
+    );
+    assert!(
+        finished.stderr.lines().count() <= lines_max,
+        "{fault}: {finished:?}"
+    );
+}
+
+/// Exchanges random messages: how many bytes came back unchanged before an error.
+fn echo(stream: &mut Stream, random: &mut Random, messages: usize) -> std::io::Result<()> {
+    for _ in 0..messages {
+        let len = random.up_to(20_000);
+        let sent = random.bytes(len);
+        stream.write_all(&sent)?;
+        let mut back = vec![0; len];
+        let mut got = 0;
+        while got < len {
+            match stream.read(&mut back[got..])? {
+                0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                n => got += n,
+            }
+            assert!(back[..got] == sent[..got], "other bytes came back");
+        }
+    }
+    Ok(())
+}
+
+/// Exchanges with the server on several connections at once, and ends it: how many connections failed.
+fn exchange_with(server: EchoServer, fault: &str, seed: u64) -> usize {
+    let failed: usize = thread::scope(|scope| {
+        let clients: Vec<_> = (0..4)
+            .map(|client| {
+                let mut stream = server.connect();
+                let mut random = Random::new(seed + client);
+                scope.spawn(move || echo(&mut stream, &mut random, 8).is_err())
+            })
+            .collect();
+        clients
+            .into_iter()
+            .map(|client| usize::from(client.join().expect("what came back is what was sent")))
+            .sum()
+    });
+    let mut process = server.process;
+    assert!(process.is_running(), "{fault}: the server ended");
+    process.signal(libc::SIGKILL);
+    assert_quiet(fault, &process.wait(), 1);
+    failed
+}
+
+#[test]
+fn a_server_loses_nothing_when_enters_fail() {
+    let _turn = turn();
+    if !has_strace() {
+        return;
+    }
+    let seed = seed();
+    let errors = ["EINTR", "EAGAIN", "EBUSY", "ENOMEM"];
+    let firsts: Vec<u32> = (1..=25).collect();
+    let all = sweep("io_uring_enter", &errors, &firsts, &[2, 3, 7]);
+    for fault in spread(&all, 24) {
+        let server = start_server(&fault, &[]).unwrap_or_else(|| panic!("{fault}: no server"));
+        assert_eq!(
+            exchange_with(server, &fault, seed),
+            0,
+            "{fault}, seed {seed}"
+        );
+    }
+}
+
+#[test]
+fn a_server_survives_failing_calls_of_its_connections() {
+    let _turn = turn();
+    if !has_strace() {
+        return;
+    }
+    let seed = seed();
+    // What the kernel asks to repeat is repeated; what it refuses costs one connection.
+    for (call, errors, transparent) in [
+        ("sendto", &["EINTR", "EAGAIN"][..], true),
+        (
+            "sendto",
+            &["ENOBUFS", "ENOMEM", "EPIPE", "ECONNRESET"],
+            false,
+        ),
+        ("setsockopt", &["ENOMEM", "ENOPROTOOPT"], false),
+        ("close", &["EINTR", "EIO"], true),
+        ("munmap", &["ENOMEM"], true),
+    ] {
+        // The first closes are the loader's, which gives up at an error.
+        let firsts: &[u32] = if call == "close" {
+            &[20, 21, 22]
+        } else {
+            &[1, 2, 3, 5, 8]
+        };
+        for fault in spread(&sweep(call, errors, firsts, &[3, 5]), 3) {
+            let Some(server) = start_server(&fault, &[]) else {
+                assert!(!transparent, "{fault}: no server");
+                continue;
+            };
+            let failed = exchange_with(server, &fault, seed);
+            assert!(
+                !transparent || failed == 0,
+                "{fault}, seed {seed}: {failed} failed"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_server_that_cannot_start_says_why_in_one_line() {
+    let _turn = turn();
+    if !has_strace() {
+        return;
+    }
+    let mut refused = 0;
+    for (call, errors, options) in [
+        (
+            "io_uring_setup",
+            &["ENOMEM", "EMFILE", "EPERM"][..],
+            &[][..],
+        ),
+        ("io_uring_register", &["EINVAL", "ENOMEM", "EPERM"], &[]),
+        ("eventfd2", &["EMFILE", "ENOMEM"], &[]),
+        ("mmap", &["ENOMEM", "EPERM", "EAGAIN"], &OF_RINGS),
+        ("socket", &["EMFILE", "ENOBUFS"], &[]),
+        ("bind", &["EACCES", "ENOMEM"], &[]),
+        ("listen", &["EADDRINUSE"], &[]),
+        ("getsockname", &["ENOBUFS"], &[]),
+    ] {
+        // Each of its calls alone, and all from one on.
+        let mut all = Vec::new();
+        for first in 1..=4 {
+            for error in errors {
+                all.push(format!("inject={call}:error={error}:when={first}"));
+                all.push(format!("inject={call}:error={error}:when={first}+"));
+            }
+        }
+        for fault in spread(&all, 5) {
+            match start_server(&fault, options) {
+                Some(server) => assert_eq!(exchange_with(server, &fault, 1), 0, "{fault}"),
+                None => refused += 1,
+            }
+        }
+    }
+    println!("{refused} servers said why not");
+    assert!(refused > 8);
+}
+
+// Plain threads.
+
+/// What a client and a server on plain threads exchange; the first error ends it.
+fn exchange_on_threads(rounds: usize) -> Result<()> {
+    let listener = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+    listener.bind(("127.0.0.1", 0))?;
+    listener.listen(4)?;
+    let address = listener.getsockname()?;
+    let server = thread::spawn(move || {
+        listener.settimeout(20)?;
+        let (conn, _peer) = listener.accept()?;
+        conn.settimeout(20)?;
+        let mut buffer = [0; 3000];
+        loop {
+            let n = conn.recv_into(&mut buffer)?;
+            if n == 0 {
+                return Ok(());
+            }
+            conn.sendall(&buffer[..n])?;
+        }
+    });
+    let exchange = || {
+        let client = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+        client.settimeout(20)?;
+        client.connect(&address)?;
+        let mut random = Random::new(7);
+        for round in 0..rounds {
+            client.settimeout([Some(20.0), None][round % 2])?;
+            let sent = random.bytes(rounds * 1000);
+            client.sendall(&sent)?;
+            let mut back = Vec::new();
+            while back.len() < sent.len() {
+                let received = client.recv(4096)?;
+                if received.is_empty() {
+                    return Err(Error::from_errno(libc::ECONNRESET));
+                }
+                back.extend_from_slice(&received);
+                assert!(sent.starts_with(&back), "other bytes came back");
+            }
+        }
+        client.setblocking(false)?;
+        assert!(client.recv(1).unwrap_err().errno().is_some());
+        client.settimeout(0.01)?;
+        assert!(client.recv(1).is_err());
+        client.close()
+    };
+    let exchanged = exchange();
+    let served: Result<()> = server.join().expect("the server does not panic");
+    exchanged.and(served)
+}
+
+#[test]
+#[ignore = "run by threads_survive_failing_calls"]
+fn child_exchanges_on_threads() {
+    let Some(rounds) = child_part() else {
+        return;
+    };
+    match exchange_on_threads(rounds.parse().unwrap()) {
+        Ok(()) => println!("intact, {} without ring", calls_without_ring()),
+        Err(error) => println!("refused: {error}"),
+    }
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let left = maps.lines().filter(|line| line.contains("[io_uring]"));
+    println!("{} mappings of rings", left.count());
+}
+
+fn run_threads(fault: &str, options: &[&str], rounds: usize) -> Finished {
+    let trace = format!("trace={}", call_of(fault));
+    let mut faults = vec!["-e", &trace, "-e", fault];
+    faults.extend_from_slice(options);
+    let mut command: Command = traced(&faults, &std::env::current_exe().unwrap());
+    command
+        .args([
+            "--exact",
+            "child_exchanges_on_threads",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env(CHILD, rounds.to_string());
+    support::run(&mut command, b"")
+}
+
+#[test]
+fn threads_survive_failing_calls() {
+    let _turn = turn();
+    if !has_strace() {
+        return;
+    }
+    let transient = ["EINTR", "EAGAIN", "EBUSY", "ENOMEM"];
+    let some: Vec<u32> = (1..=12).collect();
+    let mut refused = 0;
+    for (call, errors, options, transparent, few) in [
+        ("io_uring_enter", &transient[..], &[][..], true, 12),
+        // Without a ring, or with half of one, a thread waits by readiness.
+        (
+            "io_uring_setup",
+            &["ENOMEM", "EPERM", "ENOSYS"],
+            &[],
+            true,
+            3,
+        ),
+        ("io_uring_register", &["EINVAL", "ENOMEM"], &[], true, 3),
+        ("eventfd2", &["EMFILE"], &[], true, 2),
+        ("mmap", &["ENOMEM"], &OF_RINGS, true, 4),
+        ("poll", &["EINTR", "ENOMEM"], &[], true, 2),
+        ("sendto", &["EINTR", "EAGAIN"], &[], true, 3),
+        ("recvfrom", &["EINTR", "EAGAIN"], &[], true, 3),
+        ("accept4", &["EINTR", "EAGAIN"], &[], true, 2),
+        ("dup3", &["EINTR", "EBUSY"], &[], true, 2),
+        ("sendto", &["ENOBUFS", "ECONNRESET"], &[], false, 2),
+        ("recvfrom", &["ENOMEM", "ECONNRESET"], &[], false, 2),
+        ("socket", &["EMFILE", "ENOBUFS"], &[], false, 2),
+        ("accept4", &["EMFILE", "ECONNABORTED"], &[], false, 2),
+        ("connect", &["ECONNREFUSED", "ENETUNREACH"], &[], false, 2),
+        ("ioctl", &["EIO"], &[], false, 1),
+        ("dup3", &["EMFILE"], &[], false, 1),
+    ] {
+        for fault in spread(&sweep(call, errors, &some, &[2, 3, 7]), few) {
+            let finished = run_threads(&fault, options, 10);
+            assert_eq!(finished.status.code(), Some(0), "{fault}: {finished:?}");
+            assert!(
+                !finished.stderr.contains("panicked"),
+                "{fault}: {finished:?}"
+            );
+            let text = String::from_utf8_lossy(&finished.stdout).into_owned();
+            if transparent {
+                assert!(text.contains("intact"), "{fault}: {finished:?}");
+            } else {
+                assert!(
+                    text.contains("intact") || text.contains("refused: "),
+                    "{fault}: {finished:?}"
+                );
+                refused += usize::from(text.contains("refused: "));
+            }
+        }
+    }
+    println!("{refused} runs ended with an error");
+}
+
+#[test]
+fn threads_without_any_ring_lose_nothing() {
+    let _turn = turn();
+    if !has_strace() {
+        return;
+    }
+    for fault in [
+        "inject=io_uring_setup:error=ENOSYS",
+        "inject=io_uring_enter:error=ENOMEM",
+        "inject=io_uring_enter:error=EAGAIN",
+        "inject=eventfd2:error=ENFILE",
+        "inject=io_uring_register:error=EINVAL",
+    ] {
+        let finished = run_threads(fault, &[], 1);
+        let text = String::from_utf8_lossy(&finished.stdout).into_owned();
+        assert!(text.contains("intact, "), "{fault}: {finished:?}");
+        assert!(!text.contains("intact, 0 without"), "{fault}: {finished:?}");
+    }
+}
+
+#[test]
+fn a_ring_that_is_not_to_be_had_leaves_no_mapping_behind() {
+    let _turn = turn();
+    if !has_strace() {
+        return;
+    }
+    // A ring takes four mappings: each of them fails, every time.
+    for which in 1..=4 {
+        let fault = format!("inject=mmap:error=ENOMEM:when={which}+{which}");
+        let finished = run_threads(&fault, &OF_RINGS, 10);
+        let text = String::from_utf8_lossy(&finished.stdout).into_owned();
+        assert!(text.contains("intact, "), "{fault}: {finished:?}");
+        assert!(!text.contains("intact, 0 without"), "{fault}: {finished:?}");
+        assert!(
+            text.contains("\n0 mappings of rings"),
+            "{fault}: {finished:?}"
+        );
+    }
+}
