@@ -358,8 +358,8 @@ impl RuntimeBuilder {
             Ok(Ok(entry)) => Ok((
                 entry,
                 PendingThread {
-                    thread: WorkerThread { thread, lost },
-                    go,
+                    thread: Some(WorkerThread { thread, lost }),
+                    go: Some(go),
                 },
             )),
             Ok(Err(error)) => {
@@ -387,17 +387,28 @@ fn share(workers: Vec<WorkerEntry>) -> Handle {
     }))
 }
 
-/// A worker thread that waits for its runtime.
+/// A worker thread that waits for its runtime. Dropped, because another could not be started, it ends.
 struct PendingThread {
-    thread: WorkerThread,
-    go: crossbeam_channel::Sender<Handle>,
+    thread: Option<WorkerThread>,
+    go: Option<crossbeam_channel::Sender<Handle>>,
 }
 
 impl PendingThread {
-    fn go(self, handle: &Handle) -> WorkerThread {
-        // It waits in recv, so it is there to receive.
-        let _ = self.go.send(handle.clone());
-        self.thread
+    fn go(mut self, handle: &Handle) -> WorkerThread {
+        if let Some(go) = self.go.take() {
+            // It waits in recv, so it is there to receive.
+            let _ = go.send(handle.clone());
+        }
+        self.thread.take().expect("a thread goes once")
+    }
+}
+
+impl Drop for PendingThread {
+    fn drop(&mut self) {
+        drop(self.go.take());
+        if let Some(WorkerThread { thread, .. }) = self.thread.take() {
+            join_thread(thread);
+        }
     }
 }
 

@@ -660,6 +660,8 @@ fn when_ready(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Direc
             return ready;
         }
         match op.attempt() {
+            // Readiness need not mean success, so an end of time must be seen here, too.
+            code if code == -libc::EAGAIN && left_ns == 0 => return outcome::TIMED_OUT,
             code if code == -libc::EAGAIN => {}
             result => return result,
         }
@@ -926,8 +928,8 @@ pub fn yield_now() {
 /// `duration` takes the forms of [`settimeout`](crate::Socket::settimeout); `None` sets no deadline. While `block` runs, each
 /// call of it that waits (socket calls, [`sleep`], [`join`](crate::JoinHandle::join)) fails with `Timeout` at the deadline at
 /// the latest, and at once afterwards, even if it need not have waited; what a call has already transferred is reported as
-/// always. Code that does not wait is
-/// not interrupted. Of nested deadlines the earliest counts. It works on plain threads too.
+/// always. (A [`Mutex`](crate::Mutex) or a [`channel`](crate::channel) that has no need to wait does not look at the deadline.)
+/// Code that does not wait is not interrupted. Of nested deadlines the earliest counts. It works on plain threads too.
 ///
 /// # Errors
 ///

@@ -23,6 +23,9 @@ const POLL_SLICE_MS: i64 = 50;
 /// Failed enters in a row after which a call whose operation never reached the kernel goes without the ring.
 const ENTERS_REFUSED_MAX: u64 = 16;
 
+/// For so long a thread whose ring took nothing does without one.
+const REFUSED_PAUSE_NS: i64 = 1_000_000_000;
+
 static CALLS_WITHOUT_RING: AtomicU64 = AtomicU64::new(0);
 
 /// How many calls on plain threads had to do without a ring since the process started.
@@ -39,6 +42,8 @@ struct ThreadRing {
 
 thread_local! {
     static RING: RefCell<Option<Box<ThreadRing>>> = const { RefCell::new(None) };
+    /// Until then, by the monotonic clock, the kernel takes nothing from this thread's ring; 0 if it does.
+    static REFUSED_UNTIL_NS: Cell<i64> = const { Cell::new(0) };
     /// The deadline of an enclosing `timeout`, by the monotonic clock; `i64::MAX` without one.
     static DEADLINE_NS: Cell<i64> = const { Cell::new(i64::MAX) };
 }
@@ -143,6 +148,13 @@ impl Drop for ThreadRing {
 
 /// Gives `use_ring` this thread's ring; `None` where there is none to be had.
 fn with_ring<R>(use_ring: impl FnOnce(&mut ThreadRing) -> R) -> Option<R> {
+    let refused_until_ns = REFUSED_UNTIL_NS.get();
+    if refused_until_ns != 0 {
+        if sys::monotonic_ns() < refused_until_ns {
+            return None;
+        }
+        REFUSED_UNTIL_NS.set(0);
+    }
     let used = RING.try_with(|ring| {
         // A borrow is under way only if a signal handler calls in; it does without.
         let mut ring = ring.try_borrow_mut().ok()?;
@@ -157,6 +169,7 @@ fn with_ring<R>(use_ring: impl FnOnce(&mut ThreadRing) -> R) -> Option<R> {
 
 /// Drops this thread's ring and what it never submitted.
 fn discard_ring() {
+    REFUSED_UNTIL_NS.set(sys::monotonic_ns().saturating_add(REFUSED_PAUSE_NS));
     let _ = RING.try_with(|ring| ring.try_borrow_mut().map(|mut ring| *ring = None));
 }
 

@@ -937,6 +937,9 @@ impl Socket {
     /// from now on do, too. When `close` returns, those calls have ended and the connection's peer has been told (unless a
     /// descriptor made by `dup` or `fork` is still open). Closing again does nothing.
     ///
+    /// The worker whose fibers use the socket is asked to look, so it has to come round: a fiber that holds its thread up until
+    /// the closer is done (on a std channel, say) makes both wait for ever.
+    ///
     /// The descriptor's number stays taken until the last handle is dropped (a moment longer where another worker was told to
     /// end its calls), so it cannot come to name something else in between. Dropping the last handle closes as well; `close` is for the moment when others still hold one. Of several
     /// closers only the first waits, and a fiber that is cancelled meanwhile does not. Calls that never wait (non-blocking mode,
@@ -1292,7 +1295,12 @@ impl Socket {
 
     /// The operation's result without waiting, in any mode.
     fn attempt(&self, mut op: Op<'_>) -> Result<usize> {
-        sys::check(op.attempt()).map(|count| count as usize)
+        loop {
+            match op.attempt() {
+                code if code == -libc::EINTR => {}
+                code => return sys::check(code).map(|count| count as usize),
+            }
+        }
     }
 }
 
