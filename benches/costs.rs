@@ -13,14 +13,15 @@ use ringsock::{Handle, Mutex, Runtime, spawn, yield_now};
 /// One figure: its name, and a round of it in nanoseconds per unit.
 type Figure = (&'static str, fn() -> f64);
 
-const FIGURES: [Figure; 8] = [
+const FIGURES: [Figure; 9] = [
     ("mutex lock + unlock, uncontended, in a fiber", mutex),
     ("  std::sync::Mutex, for comparison", std_mutex),
     ("channel send + recv, one fiber, nobody waits", channel),
     (
         "spawn + finish of an empty fiber, stack from the pool",
-        local_spawn,
+        spawn_and_finish,
     ),
+    ("  the same, and its result joined", spawn_and_join),
     ("yield_now switch, 512 fibers in rotation", switch),
     ("spawn_on worker 0 -> 1 + finish, pipelined", remote_spawn),
     (
@@ -101,7 +102,19 @@ fn channel() -> f64 {
     })
 }
 
-fn local_spawn() -> f64 {
+fn spawn_and_finish() -> f64 {
+    in_fiber(|| {
+        const UNITS: usize = 100_000;
+        per_unit(UNITS, || {
+            for _ in 0..UNITS {
+                drop(spawn(|| ()));
+                yield_now();
+            }
+        })
+    })
+}
+
+fn spawn_and_join() -> f64 {
     in_fiber(|| {
         const UNITS: usize = 100_000;
         spawn(|| ()).join().expect("it ends");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use ringsock::prelude::*;
-use ringsock::{Runtime, Server, Timeout};
+use ringsock::{Handle, Runtime, Server, Timeout};
 
 /// Sends back what it receives, on every connection at once.
 #[derive(Parser)]
@@ -69,7 +69,8 @@ fn echo(conn: &Socket, buffer: &mut [u8]) -> ringsock::Result<()> {
     }
 }
 
-fn start(runtime: &Runtime, args: &Args) -> ringsock::Result<Server> {
+fn start(args: &Args) -> ringsock::Result<Server> {
+    let handle = Handle::current().expect("in a fiber");
     let timeout = args.timeout;
     let buffer_bytes = args.buffer as usize;
     let handler = move |conn: Socket, _peer: Address| {
@@ -88,7 +89,6 @@ fn start(runtime: &Runtime, args: &Args) -> ringsock::Result<Server> {
     };
     let give_up = Instant::now() + RESTART;
     loop {
-        let handle = runtime.handle();
         let server = match &args.unix {
             Some(path) => {
                 remove_stale(path);
@@ -98,7 +98,7 @@ fn start(runtime: &Runtime, args: &Args) -> ringsock::Result<Server> {
         };
         match server {
             Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < give_up => {
-                std::thread::sleep(Duration::from_millis(50));
+                ringsock::sleep(0.05)?;
             }
             result => return result,
         }
@@ -120,9 +120,7 @@ fn serve(args: &Args) -> ringsock::Result<()> {
             "--mode lease is not there yet: this version receives into each connection's own buffer (--mode into)".into(),
         ));
     }
-    ringsock::raise_descriptor_limit();
-    let runtime = Runtime::builder().workers(args.workers.into()).build()?;
-    let server = start(&runtime, args)?;
+    let server = start(args)?;
     // A closed standard output is no reason not to serve.
     let mut out = std::io::stdout();
     let _ = writeln!(out, "listening on {}", server.address()).and_then(|()| out.flush());
@@ -131,7 +129,11 @@ fn serve(args: &Args) -> ringsock::Result<()> {
 }
 
 fn main() -> ExitCode {
-    match serve(&Args::parse()) {
+    let args = Args::parse();
+    ringsock::raise_descriptor_limit();
+    // The main thread is the first worker: with one, the process has one thread.
+    let runtime = Runtime::builder().workers(args.workers.into());
+    match runtime.run(move || serve(&args)).and_then(|served| served) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("echo_server: {error}");
