@@ -2,13 +2,15 @@
 //!
 //!     cargo run --release --example echo_client -- --connect 127.0.0.1:50007 "Hello, world"
 
+mod common;
+
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use ringsock::Timeout;
+use common::seconds;
 use ringsock::prelude::*;
 
 /// Sends MESSAGE to an echo server and prints what comes back.
@@ -27,15 +29,6 @@ struct Args {
     /// What to send
     #[arg(default_value = "Hello, world")]
     message: String,
-}
-
-fn seconds(text: &str) -> Result<f64, String> {
-    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
-    match Timeout::from(seconds).seconds() {
-        Ok(_) if seconds > 0.0 => Ok(seconds),
-        Ok(_) => Err("not above 0".to_owned()),
-        Err(error) => Err(error.to_string()),
-    }
 }
 
 /// Everything the server sends back before it ends its side.

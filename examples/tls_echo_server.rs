@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use common::Listen;
+use common::{Listen, seconds};
 use ringsock::Socket;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -25,6 +25,9 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 struct Args {
     #[command(flatten)]
     listen: Listen,
+    /// Close a connection that is silent, does not read, or has not shaken hands, for so long
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    timeout: f64,
     /// The certificate chain, its own certificate first; without it, one for localhost is made at start
     #[arg(long, value_name = "PEM", requires = "key")]
     cert: Option<PathBuf>,
@@ -102,9 +105,11 @@ fn about(path: &Path, error: impl std::fmt::Display) -> String {
 
 fn serve(args: &Args) -> Result<(), Box<dyn Error>> {
     let config = Arc::new(config(args)?);
-    let timeout = args.listen.timeout;
+    let timeout = args.timeout;
     let handler = move |conn| echo(conn, config.clone(), timeout);
-    Ok(args.listen.serve("tls_echo_server", handler)?)
+    Ok(args
+        .listen
+        .serve_and_report("tls_echo_server", timeout, handler)?)
 }
 
 fn main() -> ExitCode {

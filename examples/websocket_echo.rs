@@ -10,7 +10,7 @@ use std::io::{self, ErrorKind};
 use std::process::ExitCode;
 
 use clap::Parser;
-use common::Listen;
+use common::{Listen, seconds};
 use ringsock::Socket;
 use ringsock::prelude::SHUT_WR;
 use tungstenite::error::ProtocolError;
@@ -25,6 +25,9 @@ use tungstenite::{Error, Message, WebSocket};
 struct Args {
     #[command(flatten)]
     listen: Listen,
+    /// Close a connection that is silent, does not read, or has not shaken hands, for so long
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    timeout: f64,
     /// The longest message to take
     #[arg(long, value_name = "BYTES", default_value_t = 64 << 20, value_parser = clap::value_parser!(u32).range(1..))]
     max_message: u32,
@@ -120,9 +123,10 @@ fn serve(args: &Args) -> ringsock::Result<()> {
         .read_buffer_size(READ_BYTES)
         .max_message_size(Some(args.max_message as usize))
         .max_frame_size(Some(args.max_frame as usize));
-    let timeout = args.listen.timeout;
+    let timeout = args.timeout;
     let handler = move |conn| serve_connection(conn, config, timeout);
-    args.listen.serve("websocket_echo", handler)
+    args.listen
+        .serve_and_report("websocket_echo", timeout, handler)
 }
 
 fn main() -> ExitCode {

@@ -1,6 +1,8 @@
 //! Connections made and taken apart: connect_ex, create_connection, create_server, dup, detach, descriptors and std's sockets.
 #![allow(unsafe_code)]
 
+mod support;
+
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,47 +19,13 @@ use ringsock::{
     create_server, create_server_with, has_dualstack_ipv6, run, socketpair, spawn, timeout,
     yield_now,
 };
+use support::{Beside, beside, errno, on_both};
 
 /// Longer than any wait of a test that goes well, in seconds.
 const LONG: f64 = 60.0;
 
 /// Says that this process is a child made for one test.
 const CHILD: &str = "RINGSOCK_TEST_CHILD";
-
-/// Runs a test in both settings: on a plain thread, and in a fiber.
-fn on_both(test: fn()) {
-    test();
-    run(test);
-}
-
-/// Starts what the test talks with: on a thread of its own, so that it runs whatever the test does.
-fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Beside<T> {
-    let (result, results) = mpsc::channel();
-    thread::spawn(move || result.send(work()));
-    Beside(results)
-}
-
-struct Beside<T>(mpsc::Receiver<T>);
-
-impl<T> Beside<T> {
-    /// In a fiber it must not hold up the worker: the other side may wait for that very worker to end a call.
-    fn join(self) -> T {
-        let limit = Instant::now() + Duration::from_secs(120);
-        loop {
-            match self.0.try_recv() {
-                Ok(result) => return result,
-                Err(mpsc::TryRecvError::Disconnected) => panic!("the other side panicked"),
-                Err(mpsc::TryRecvError::Empty) => {}
-            }
-            assert!(Instant::now() < limit, "the other side does not end");
-            ringsock::sleep(0.0005).unwrap();
-        }
-    }
-}
-
-fn errno<T: std::fmt::Debug>(result: ringsock::Result<T>) -> Option<i32> {
-    result.unwrap_err().errno()
-}
 
 fn tcp() -> Socket {
     Socket::new(AF_INET, SOCK_STREAM, 0).unwrap()

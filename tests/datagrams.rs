@@ -1,6 +1,8 @@
 //! Datagrams: sendto and recvfrom over UDP and AF_UNIX, in fibers and on plain threads, and beside Python's sockets.
 #![allow(unsafe_code)]
 
+mod support;
+
 use std::io::{BufRead, BufReader};
 use std::mem::MaybeUninit;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -14,44 +16,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ringsock::prelude::*;
 use ringsock::{UnixAddr, run, socketpair, socketpair_with, spawn, yield_now};
+use support::{beside, errno, on_both};
 
 /// Longer than any wait of a test that goes well, in seconds.
 const LONG: f64 = 60.0;
-
-/// Runs a test in both settings: on a plain thread, and in a fiber.
-fn on_both(test: fn()) {
-    test();
-    run(test);
-}
-
-/// Starts what the test talks with: on a thread of its own, so that it runs whatever the test does.
-fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Beside<T> {
-    let (result, results) = mpsc::channel();
-    thread::spawn(move || result.send(work()));
-    Beside(results)
-}
-
-struct Beside<T>(mpsc::Receiver<T>);
-
-impl<T> Beside<T> {
-    /// In a fiber it must not hold up the worker: the other side may wait for that very worker to end a call.
-    fn join(self) -> T {
-        let limit = Instant::now() + Duration::from_secs(120);
-        loop {
-            match self.0.try_recv() {
-                Ok(result) => return result,
-                Err(mpsc::TryRecvError::Disconnected) => panic!("the other side panicked"),
-                Err(mpsc::TryRecvError::Empty) => {}
-            }
-            assert!(Instant::now() < limit, "the other side does not end");
-            ringsock::sleep(0.0005).unwrap();
-        }
-    }
-}
-
-fn errno<T: std::fmt::Debug>(result: ringsock::Result<T>) -> Option<i32> {
-    result.unwrap_err().errno()
-}
 
 /// A UDP socket bound to the loopback address of `family`; `None`, said on a line, where there is no IPv6.
 fn try_udp(family: ringsock::Family) -> Option<(Socket, Address)> {

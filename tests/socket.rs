@@ -17,30 +17,7 @@ use ringsock::prelude::*;
 use ringsock::{
     OptionValue, Runtime, UnixAddr, run, socketpair, socketpair_with, spawn, yield_now,
 };
-use support::{Random, child, child_part, seed};
-
-/// Runs a test in both settings: on a plain thread, and in a fiber.
-fn on_both(test: fn()) {
-    test();
-    run(test);
-}
-
-/// Starts what the test talks with: on a thread of its own, so that it runs whatever the test does.
-fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Beside<T> {
-    let (result, results) = mpsc::channel();
-    thread::spawn(move || result.send(work()));
-    Beside(results)
-}
-
-struct Beside<T>(mpsc::Receiver<T>);
-
-impl<T> Beside<T> {
-    fn join(self) -> T {
-        self.0
-            .recv_timeout(Duration::from_secs(60))
-            .expect("the other side ends")
-    }
-}
+use support::{Beside, Random, beside, child, child_part, errno, on_both, seed};
 
 fn tcp() -> Socket {
     Socket::new(AF_INET, SOCK_STREAM, 0).unwrap()
@@ -77,10 +54,6 @@ fn fresh_path() -> PathBuf {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     std::env::temp_dir().join(format!("ringsock-{}-{number}", std::process::id()))
-}
-
-fn errno<T: std::fmt::Debug>(result: ringsock::Result<T>) -> Option<i32> {
-    result.unwrap_err().errno()
 }
 
 fn poll(socket: &Socket, events: i16) -> i16 {

@@ -1,4 +1,5 @@
-//! What the servers that speak a protocol over a `Socket` have in common: where they listen, and for how long they wait.
+//! What the examples have in common: where a server listens, how a connection's error is told. Each uses a part of it.
+#![allow(dead_code)]
 
 use std::error::Error;
 use std::io::{self, ErrorKind, Write};
@@ -9,13 +10,14 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use ringsock::prelude::{AF_UNIX, Address, IPPROTO_TCP, Socket, TCP_NODELAY};
-use ringsock::{Runtime, Server, Timeout};
+use ringsock::{Handle, Runtime, Server, Timeout};
 
 /// How long a taken address is tried again. The kernel takes a killed process's ring apart in the background, and the accept on
 /// it keeps the listener open for some milliseconds after the process is gone.
 const RESTART: Duration = Duration::from_secs(1);
 
-#[derive(Args)]
+/// Where a server listens.
+#[derive(Args, Clone)]
 pub struct Listen {
     /// Where to listen; port 0 lets the kernel choose
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:50007")]
@@ -26,12 +28,10 @@ pub struct Listen {
     /// Worker threads
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: u16,
-    /// Close a connection that is silent, does not read, or has not shaken hands, for so long
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
-    pub timeout: f64,
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
+/// A timeout on the command line.
+pub fn seconds(text: &str) -> Result<f64, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     match Timeout::from(seconds).seconds() {
         Ok(_) if seconds > 0.0 => Ok(seconds),
@@ -41,17 +41,36 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 impl Listen {
-    /// Runs `handler` with each connection, its timeout set, in a fiber of its own. What it fails with is a line on
-    /// standard error and the end of its connection only.
-    pub fn serve(
+    /// Runs `handler` with each connection, in a fiber of its own, for as long as the process lives.
+    pub fn serve<R: 'static>(
         &self,
-        program: &'static str,
-        handler: impl Fn(Socket) -> Result<(), Box<dyn Error>> + Send + Sync + 'static,
+        handler: impl Fn(Socket, Address) -> R + Send + Sync + 'static,
     ) -> ringsock::Result<()> {
         ringsock::raise_descriptor_limit();
-        let runtime = Runtime::builder().workers(self.workers.into()).build()?;
-        let timeout = self.timeout;
-        let server = self.start(&runtime, move |conn: Socket, peer: Address| {
+        let listen = self.clone();
+        let handler = Arc::new(handler);
+        // The main thread is the first worker: with one, the process has one thread.
+        let runtime = Runtime::builder().workers(self.workers.into());
+        let served = runtime.run(move || {
+            let server = listen.start(&handler)?;
+            // A closed standard output is no reason not to serve.
+            let mut out = io::stdout();
+            let _ = writeln!(out, "listening on {}", server.address()).and_then(|()| out.flush());
+            server.wait();
+            Ok(())
+        });
+        served.and_then(|served| served)
+    }
+
+    /// As [`serve`](Listen::serve), each connection with a timeout. What `handler` fails with is a line on standard error and the
+    /// end of its connection only.
+    pub fn serve_and_report(
+        &self,
+        program: &'static str,
+        timeout: f64,
+        handler: impl Fn(Socket) -> Result<(), Box<dyn Error>> + Send + Sync + 'static,
+    ) -> ringsock::Result<()> {
+        self.serve(move |conn: Socket, peer: Address| {
             // This handle of the socket goes last: whoever sees the connection closed finds the reason reported.
             let served = prepare(&conn, timeout).map_err(Box::from);
             if let Err(error) = served.and_then(|()| handler(conn.clone())) {
@@ -63,21 +82,17 @@ impl Listen {
                 let line = format!("{program}: {peer}: {error}\n");
                 let _ = io::stderr().write_all(line.as_bytes());
             }
-        })?;
-        let mut out = io::stdout();
-        let _ = writeln!(out, "listening on {}", server.address()).and_then(|()| out.flush());
-        server.wait();
-        Ok(())
+        })
     }
 
-    fn start<H>(&self, runtime: &Runtime, handler: H) -> ringsock::Result<Server>
+    fn start<H, R>(&self, handler: &Arc<H>) -> ringsock::Result<Server>
     where
-        H: Fn(Socket, Address) + Send + Sync + 'static,
+        H: Fn(Socket, Address) -> R + Send + Sync + 'static,
+        R: 'static,
     {
-        let handler = Arc::new(handler);
+        let handle = Handle::current().expect("in a fiber");
         let give_up = Instant::now() + RESTART;
         loop {
-            let handle = runtime.handle();
             let handler = handler.clone();
             let handler = move |conn, peer| handler(conn, peer);
             let server = match &self.unix {
@@ -89,7 +104,7 @@ impl Listen {
             };
             match server {
                 Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < give_up => {
-                    std::thread::sleep(Duration::from_millis(50));
+                    ringsock::sleep(0.05)?;
                 }
                 result => return result,
             }

@@ -5,10 +5,12 @@ mod net;
 mod process;
 mod random;
 mod sandbox;
+mod settings;
 mod turn;
 
 pub use net::*;
 pub use process::*;
 pub use random::*;
 pub use sandbox::*;
+pub use settings::*;
 pub use turn::*;
