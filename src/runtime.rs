@@ -193,6 +193,12 @@ impl Default for RuntimeBuilder {
 
 impl RuntimeBuilder {
     /// How many worker threads, at least 1 (the default). One a core is the most that helps.
+    ///
+    /// ```
+    /// let runtime = ringsock::Runtime::builder().workers(2).build()?;
+    /// assert_eq!(runtime.handle().workers(), 2);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn workers(mut self, workers: usize) -> RuntimeBuilder {
         self.workers = workers.max(1);
         self
@@ -201,6 +207,18 @@ impl RuntimeBuilder {
     /// Bytes of a fiber's stack: 256 KiB if not said, at least 16 KiB, at most 1 GiB. Only what a fiber touches takes memory, but
     /// each stack takes as much address space, which a worker keeps for later fibers. A fiber that overflows its stack ends
     /// the process, with a message that names the fiber.
+    ///
+    /// ```
+    /// fn depth(levels: u32) -> u32 {
+    ///     let frame = std::hint::black_box([1; 64]);
+    ///     if levels == 0 { 0 } else { frame[0] + depth(levels - 1) }
+    /// }
+    /// let levels = ringsock::Runtime::builder()
+    ///     .stack_size(16 << 20)
+    ///     .run(|| depth(10_000))?;
+    /// assert_eq!(levels, 10_000);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn stack_size(mut self, bytes: usize) -> RuntimeBuilder {
         self.limits.stack_bytes = bytes.min(1 << 30);
         self
@@ -208,6 +226,15 @@ impl RuntimeBuilder {
 
     /// How many fibers each worker may have, at least 1: 1,048,576 if not said. [`spawn`](crate::spawn) waits while there is no
     /// room, so fibers that all wait to spawn on a full worker wait for ever: leave room for those that others wait for.
+    ///
+    /// ```
+    /// let refused = ringsock::Runtime::builder().max_fibers(2).run(|| {
+    ///     let _second = ringsock::spawn(|| ());
+    ///     ringsock::Builder::new().spawn(|| ()).unwrap_err().is_would_block()
+    /// })?;
+    /// assert!(refused);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn max_fibers(mut self, fibers: usize) -> RuntimeBuilder {
         self.limits.fibers_max = fibers.max(1);
         self
@@ -215,6 +242,13 @@ impl RuntimeBuilder {
 
     /// How many spawns from outside may wait for each worker, at least 1: 1,024 if not said. [`Handle::spawn`] waits while
     /// there is no room.
+    ///
+    /// ```
+    /// let runtime = ringsock::Runtime::builder().inbox(16).build()?;
+    /// let fiber = runtime.handle().spawn(|| 42)?;
+    /// assert_eq!(fiber.join().unwrap(), 42);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn inbox(mut self, spawns: usize) -> RuntimeBuilder {
         self.limits.spawns_max = spawns.max(1);
         self
@@ -222,6 +256,12 @@ impl RuntimeBuilder {
 
     /// Entries of each worker's submission queue (256 if not said; a power of two from 2 to 32,768) and of its completion queue
     /// for each of them (8 if not said, 2 to 32). Where memory is short the kernel gets what it accepts.
+    ///
+    /// ```
+    /// let answer = ringsock::Runtime::builder().ring_entries(64, 4).run(|| 42)?;
+    /// assert_eq!(answer, 42);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn ring_entries(
         mut self,
         submission: u32,
@@ -242,6 +282,21 @@ impl RuntimeBuilder {
     /// up: their destructors never run, their stacks and their thread stay, they are counted
     /// ([`fibers_lost`](crate::Metrics::fibers_lost)) and logged. A fiber that computes without ever waiting cannot be ended;
     /// the shutdown waits for it.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// ringsock::Runtime::builder()
+    ///     .shutdown_grace(Duration::from_millis(10))
+    ///     .run(|| {
+    ///         // It goes on although its calls fail, so it is unwound when the time is over.
+    ///         ringsock::spawn(|| loop {
+    ///             let _ = ringsock::sleep(1);
+    ///         });
+    ///         ringsock::yield_now();
+    ///     })?;
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn shutdown_grace(mut self, grace: Duration) -> RuntimeBuilder {
         self.limits.grace = grace;
         self
@@ -252,6 +307,12 @@ impl RuntimeBuilder {
     /// # Errors
     ///
     /// Where the kernel gives no ring: see [`Features::probe`]. `EAGAIN`, `ENOMEM`: no thread. `EMFILE`: no free descriptor.
+    ///
+    /// ```
+    /// let runtime = ringsock::Runtime::builder().build()?;
+    /// assert_eq!(runtime.handle().spawn(|| 42)?.join().unwrap(), 42);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn build(self) -> Result<Runtime> {
         let mut pending = Vec::new();
         for index in 0..self.workers {
@@ -277,6 +338,16 @@ impl RuntimeBuilder {
     /// # Panics
     ///
     /// In a fiber: a runtime does not fit into a runtime.
+    ///
+    /// ```
+    /// let sum = ringsock::Runtime::builder().workers(2).run(|| {
+    ///     let handle = ringsock::Handle::current().unwrap();
+    ///     let fibers = [0, 1].map(|worker| handle.spawn_on(worker, move || worker + 1).unwrap());
+    ///     fibers.into_iter().map(|fiber| fiber.join().unwrap()).sum::<usize>()
+    /// })?;
+    /// assert_eq!(sum, 3);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn run<T, F>(self, main: F) -> Result<T>
     where
         F: FnOnce() -> T + 'static,
@@ -463,6 +534,13 @@ impl Handle {
     /// # Errors
     ///
     /// `Shutdown`: the runtime is ending. `Cancelled`: the calling fiber was cancelled while it waited.
+    ///
+    /// ```
+    /// let runtime = ringsock::Runtime::builder().workers(2).build()?;
+    /// let fiber = runtime.handle().spawn(|| "from a plain thread")?;
+    /// assert_eq!(fiber.join().unwrap(), "from a plain thread");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn spawn<F, T>(&self, main: F) -> Result<JoinHandle<T>>
     where
         F: FnOnce() -> T + Send + 'static,
@@ -513,6 +591,12 @@ impl Handle {
     }
 
     /// What each worker's ring found the kernel to offer, by number.
+    ///
+    /// ```
+    /// let runtime = ringsock::Runtime::builder().build()?;
+    /// println!("{}", runtime.handle().features()[0]);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn features(&self) -> Vec<Features> {
         self.0
             .workers
@@ -659,12 +743,38 @@ impl Server {
 
     /// Stops accepting, once the connections that wait in the backlog have been taken. Connections go on; the caller waits
     /// for the accepting fibers to end only.
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    ///
+    /// ringsock::run(|| {
+    ///     let server = ringsock::serve(("127.0.0.1", 0), |conn, _peer| conn.sendall(b"hello"))?;
+    ///     let address = server.address().clone();
+    ///     let client = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+    ///     client.connect(&address)?;
+    ///     assert_eq!(client.recv(16)?, b"hello");
+    ///     server.stop();
+    ///     let late = Socket::new(AF_INET, SOCK_STREAM, 0)?;
+    ///     assert!(late.connect(&address).is_err());
+    ///     Ok::<(), Error>(())
+    /// })?;
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn stop(self) {
         self.fibers.iter().for_each(JoinHandle::cancel);
         self.wait();
     }
 
     /// Waits until the server has ended, which it does with its runtime (or when its listener fails for good).
+    ///
+    /// ```
+    /// ringsock::run(|| {
+    ///     let server = ringsock::serve(("127.0.0.1", 0), |conn, _peer| conn.sendall(b"hello"))?;
+    ///     // For as long as the runtime lives: here, until this deadline.
+    ///     ringsock::timeout(0.01, || Ok(server.wait()))
+    /// })?;
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn wait(self) {
         for fiber in self.fibers {
             if let Err(JoinError::Interrupted(_)) = fiber.join() {

@@ -329,6 +329,17 @@ impl Signals {
     /// - `Cancelled`, `Shutdown`: the fiber was cancelled, or its runtime is ending.
     /// - `Timeout`: the deadline of an enclosing [`timeout`](crate::timeout) passed.
     /// - `EAGAIN`: in a destructor that runs because the fiber panics, where nothing waits.
+    ///
+    /// ```
+    /// use ringsock::signal::{SIGUSR1, Signals};
+    ///
+    /// let signals = Signals::new(&[SIGUSR1])?;
+    /// assert_eq!(
+    ///     ringsock::timeout(0.01, || signals.wait()),
+    ///     Err(ringsock::Error::Timeout)
+    /// );
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn wait(&self) -> Result<i32> {
         self.own_eventfd()?;
         loop {

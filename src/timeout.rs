@@ -41,6 +41,11 @@ impl Timeout {
     /// # Errors
     ///
     /// `Value`: negative or NaN. `Overflow`: more than about 292 years.
+    ///
+    /// ```
+    /// assert_eq!(ringsock::Timeout::from(1.5).seconds()?, Some(1.5));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn seconds(self) -> Result<Option<f64>> {
         Ok(self.as_ns()?.map(|ns| ns as f64 / NS_PER_S))
     }

@@ -47,6 +47,12 @@ impl Features {
     /// # Source
     ///
     /// `io_uring_setup(2)`, `io_uring_register(2)` (`IORING_REGISTER_PROBE`).
+    ///
+    /// ```
+    /// let features = ringsock::Features::probe()?;
+    /// println!("{features}");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn probe() -> crate::Result<Features> {
         let mut features = super::Driver::uring(Config::thread())?.features().clone();
         features.add_locked_memory(locked_memory_limit());
@@ -79,6 +85,12 @@ impl Features {
     }
 
     /// The features, in the order in which they were asked for.
+    ///
+    /// ```
+    /// let features = ringsock::Features::probe()?;
+    /// assert!(features.iter().any(|feature| feature.name == "RECV" && feature.on));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn iter(&self) -> impl Iterator<Item = &Feature> {
         self.rows.iter()
     }

@@ -212,6 +212,12 @@ impl<T> BlockingHandle<T> {
     /// - [`JoinError::Interrupted`]: the *joining* fiber was cancelled, its runtime is ending, or the deadline of an enclosing
     ///   [`timeout`](crate::timeout) passed. The call goes on, detached.
     /// - [`JoinError::Shutdown`]: in a forked child, of a call of its parent.
+    ///
+    /// ```
+    /// let call = ringsock::spawn_blocking(|| 6 * 7)?;
+    /// assert_eq!(call.join().unwrap(), 42);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn join(self) -> std::result::Result<T, JoinError> {
         if self.epoch != sys::fork_epoch() {
             return Err(JoinError::Shutdown);
@@ -226,6 +232,14 @@ impl<T> BlockingHandle<T> {
     }
 
     /// Whether the call has ended.
+    ///
+    /// ```
+    /// let call = ringsock::spawn_blocking(|| ())?;
+    /// while !call.is_finished() {
+    ///     ringsock::sleep(0.001)?;
+    /// }
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn is_finished(&self) -> bool {
         !self.outcome.is_empty()
     }

@@ -29,6 +29,11 @@ pub enum JoinError {
 
 impl JoinError {
     /// The payload of the panic, if that is what happened.
+    ///
+    /// ```
+    /// let error = ringsock::run(|| ringsock::spawn(|| panic!("lost")).join().unwrap_err());
+    /// assert_eq!(error.into_panic().unwrap().downcast_ref(), Some(&"lost"));
+    /// ```
     pub fn into_panic(self) -> Option<Box<dyn Any + Send + 'static>> {
         match self {
             JoinError::Panic(payload) => Some(payload),
@@ -227,6 +232,16 @@ impl<T> JoinHandle<T> {
     /// Interrupts the fiber: the call it waits in, and every later call of it that may wait (all but those of sockets in
     /// non-blocking mode), fails with [`Error::Cancelled`]. What the interrupted call has already transferred is reported as
     /// always. It is for good: the fiber can clean up, but no longer wait for anything.
+    ///
+    /// ```
+    /// let waited = ringsock::run(|| {
+    ///     let fiber = ringsock::spawn(|| ringsock::sleep(None));
+    ///     ringsock::yield_now();
+    ///     fiber.cancel();
+    ///     fiber.join().unwrap()
+    /// });
+    /// assert_eq!(waited, Err(ringsock::Error::Cancelled));
+    /// ```
     pub fn cancel(&self) {
         self.packet.cancelled.store(true, Ordering::SeqCst);
         let id = self.packet.id.load(Ordering::SeqCst);
@@ -242,6 +257,15 @@ impl<T> JoinHandle<T> {
     }
 
     /// Whether the fiber has ended.
+    ///
+    /// ```
+    /// ringsock::run(|| {
+    ///     let fiber = ringsock::spawn(|| ());
+    ///     assert!(!fiber.is_finished());
+    ///     ringsock::yield_now();
+    ///     assert!(fiber.is_finished());
+    /// });
+    /// ```
     pub fn is_finished(&self) -> bool {
         matches!(self.packet.lock().outcome, Outcome::Ended(_))
     }

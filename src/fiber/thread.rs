@@ -29,6 +29,15 @@ const REFUSED_PAUSE_NS: i64 = 1_000_000_000;
 static CALLS_WITHOUT_RING: AtomicU64 = AtomicU64::new(0);
 
 /// How many calls on plain threads had to do without a ring since the process started.
+///
+/// ```
+/// let before = ringsock::calls_without_ring();
+/// let (left, right) = ringsock::socketpair()?;
+/// left.sendall(b"hello")?;
+/// assert_eq!(right.recv(16)?, b"hello");
+/// assert_eq!(ringsock::calls_without_ring(), before);
+/// # Ok::<(), ringsock::Error>(())
+/// ```
 pub fn calls_without_ring() -> u64 {
     CALLS_WITHOUT_RING.load(Ordering::Relaxed)
 }

@@ -131,6 +131,15 @@ impl<T> Sender<T> {
     /// - [`SendError::Disconnected`]: all receivers are gone.
     /// - [`SendError::Interrupted`], only where it would have to wait: with `Cancelled`, `Shutdown`, `Timeout` (of an enclosing
     ///   [`timeout`](crate::timeout)), or `EAGAIN` in a destructor that runs because the fiber panics.
+    ///
+    /// ```
+    /// let (sender, receiver) = ringsock::channel(1);
+    /// sender.send("hello")?;
+    /// assert_eq!(receiver.recv()?, "hello");
+    /// drop(receiver);
+    /// assert_eq!(sender.send("lost").unwrap_err().into_inner(), "lost");
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn send(&self, value: T) -> Result<(), SendError<T>> {
         let mut value = value;
         loop {
@@ -166,6 +175,13 @@ impl<T> Sender<T> {
     /// # Errors
     ///
     /// [`TrySendError::Full`] and [`TrySendError::Disconnected`] give the value back.
+    ///
+    /// ```
+    /// let (sender, _receiver) = ringsock::channel(1);
+    /// sender.try_send(1)?;
+    /// assert_eq!(sender.try_send(2).unwrap_err().into_inner(), 2);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn try_send(&self, value: T) -> Result<(), TrySendError<T>> {
         self.0.try_send(value)
     }
@@ -221,11 +237,27 @@ impl<T> Receiver<T> {
     /// # Errors
     ///
     /// [`TryRecvError::Empty`]; [`TryRecvError::Disconnected`]: nothing is left and all senders are gone.
+    ///
+    /// ```
+    /// let (sender, receiver) = ringsock::channel(1);
+    /// assert_eq!(receiver.try_recv(), Err(ringsock::TryRecvError::Empty));
+    /// sender.send(7)?;
+    /// assert_eq!(receiver.try_recv(), Ok(7));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn try_recv(&self) -> Result<T, TryRecvError> {
         self.0.try_recv()
     }
 
     /// The values as they come, to the end: until the channel is disconnected, or [`recv`](Receiver::recv) is interrupted.
+    ///
+    /// ```
+    /// let (sender, receiver) = ringsock::channel(3);
+    /// (1..=3).try_for_each(|n| sender.send(n))?;
+    /// drop(sender);
+    /// assert_eq!(receiver.iter().collect::<Vec<_>>(), [1, 2, 3]);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn iter(&self) -> Iter<'_, T> {
         Iter(self)
     }

@@ -63,6 +63,27 @@ impl Condvar {
     /// - `Cancelled`, `Shutdown`: the fiber was cancelled, or its runtime is ending.
     /// - `Timeout`: the deadline of an enclosing [`timeout`](crate::timeout) passed.
     /// - `EAGAIN`: in a destructor that runs because the fiber panics, where nothing waits.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    ///
+    /// let told = ringsock::run(|| {
+    ///     let shared = Arc::new((ringsock::Mutex::new(false), ringsock::Condvar::new()));
+    ///     let theirs = shared.clone();
+    ///     ringsock::spawn(move || {
+    ///         *theirs.0.lock()? = true;
+    ///         theirs.1.notify_all();
+    ///         Ok::<(), ringsock::Error>(())
+    ///     });
+    ///     let mut told = shared.0.lock()?;
+    ///     while !*told {
+    ///         told = shared.1.wait(told)?;
+    ///     }
+    ///     Ok::<bool, ringsock::Error>(*told)
+    /// })?;
+    /// assert!(told);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn wait<'a, T: ?Sized>(&self, guard: MutexGuard<'a, T>) -> Result<MutexGuard<'a, T>> {
         Ok(self.wait_timeout(guard, Timeout::NONE)?.0)
     }

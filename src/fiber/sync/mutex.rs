@@ -88,6 +88,13 @@ impl<T: ?Sized> Mutex<T> {
     /// - `Cancelled`, `Shutdown`: the fiber was cancelled, or its runtime is ending.
     /// - `Timeout`: the deadline of an enclosing [`timeout`](crate::timeout) passed.
     /// - `EAGAIN`: in a destructor that runs because the fiber panics, where nothing waits. (A plain thread waits there too.)
+    ///
+    /// ```
+    /// let mutex = ringsock::Mutex::new(1);
+    /// *mutex.lock()? += 1;
+    /// assert_eq!(mutex.into_inner(), 2);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     #[inline]
     pub fn lock(&self) -> Result<MutexGuard<'_, T>> {
         if !self.raw.try_lock() {
@@ -117,6 +124,12 @@ impl<T: ?Sized> Mutex<T> {
     }
 
     /// The data; nobody else can have it, so nothing is locked.
+    ///
+    /// ```
+    /// let mut mutex = ringsock::Mutex::new(1);
+    /// *mutex.get_mut() = 2;
+    /// assert_eq!(mutex.into_inner(), 2);
+    /// ```
     pub fn get_mut(&mut self) -> &mut T {
         self.data.get_mut()
     }
