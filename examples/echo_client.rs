@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use common::seconds;
+use common::{about, seconds};
 use ringsock::prelude::*;
 
 /// Sends MESSAGE to an echo server and prints what comes back.
@@ -43,8 +43,12 @@ fn echo(args: &Args) -> ringsock::Result<Vec<u8>> {
     let socket = Socket::new(family, SOCK_STREAM, 0)?;
     socket.settimeout(args.timeout)?;
     match &args.unix {
-        Some(path) => socket.connect(path.as_path())?,
-        None => socket.connect(args.connect)?,
+        Some(path) => socket
+            .connect(path.as_path())
+            .map_err(|error| about(error, &path.display().to_string()))?,
+        None => socket
+            .connect(args.connect)
+            .map_err(|error| about(error, &args.connect.to_string()))?,
     }
     // A second thread sends, so that a message larger than the buffers on the way cannot block both ends.
     std::thread::scope(|scope| {

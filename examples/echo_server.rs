@@ -33,7 +33,7 @@ struct Args {
 enum Mode {
     /// recv_into a buffer of the connection's own
     Into,
-    /// a pool buffer that the kernel picks when data arrives
+    /// a pool buffer that the kernel picks when data arrives (not in this version)
     Lease,
 }
 

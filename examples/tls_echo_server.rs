@@ -16,7 +16,7 @@ use clap::Parser;
 use common::{Listen, seconds};
 use ringsock::Socket;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 /// Sends back what it receives over TLS 1.2 or 1.3, on every connection at once.
@@ -96,7 +96,10 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
-    PrivateKeyDer::from_pem_file(path).map_err(|error| about(path, error))
+    PrivateKeyDer::from_pem_file(path).map_err(|error| match error {
+        pem::Error::NoItemsFound => about(path, "no private key in it"),
+        error => about(path, error),
+    })
 }
 
 fn about(path: &Path, error: impl std::fmt::Display) -> String {

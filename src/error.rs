@@ -56,7 +56,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// assert_eq!(Error::Timeout.errno(), None);
 /// ```
 #[non_exhaustive]
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Error {
     /// The kernel refused: Python's `OSError(errno, …)`.
     Os {
@@ -261,6 +261,39 @@ impl fmt::Display for Error {
     }
 }
 
+/// With the text also where it is the system's own, since this is what a `main` that returns the error prints.
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text =
+            |f: &mut fmt::Formatter<'_>, name, text| f.debug_tuple(name).field(text).finish();
+        match self {
+            Self::Os { errno, message } => {
+                let mut fields = f.debug_struct("Os");
+                fields.field("errno", errno);
+                match message {
+                    Some(message) => fields.field("message", message),
+                    None => fields.field("message", &system_text(*errno)),
+                };
+                fields.finish()
+            }
+            Self::Message(message) => text(f, "Message", message),
+            Self::Value(message) => text(f, "Value", message),
+            Self::Overflow(message) => text(f, "Overflow", message),
+            Self::Type(message) => text(f, "Type", message),
+            Self::Timeout => f.write_str("Timeout"),
+            Self::Shutdown => f.write_str("Shutdown"),
+            Self::Cancelled => f.write_str("Cancelled"),
+            Self::Herror { code } => f.debug_struct("Herror").field("code", code).finish(),
+            Self::Gaierror { code } => f
+                .debug_struct("Gaierror")
+                .field("code", code)
+                .field("message", &resolver_text(*code))
+                .finish(),
+            Self::Group(errors) => f.debug_tuple("Group").field(errors).finish(),
+        }
+    }
+}
+
 impl std::error::Error for Error {}
 
 impl From<Error> for io::Error {
@@ -430,6 +463,15 @@ mod tests {
                 .to_string()
                 .starts_with("[Errno 12345] ")
         );
+    }
+
+    #[test]
+    fn debug_says_what_happened() {
+        assert_eq!(
+            format!("{:?}", Error::from_errno(libc::EMFILE)),
+            "Os { errno: 24, message: \"Too many open files\" }"
+        );
+        assert_eq!(format!("{:?}", Error::Value("v".into())), "Value(\"v\")");
     }
 
     #[test]

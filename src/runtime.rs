@@ -30,11 +30,10 @@ use crate::fiber::join::{JoinError, JoinHandle, spawn_remote};
 use crate::fiber::overflow::SignalStack;
 use crate::fiber::remote::{Control, Remote};
 use crate::fiber::scheduler::{Limits, Worker};
-use crate::fiber::{self, sleep};
+use crate::fiber::{self, sleep, yield_now};
 use crate::log::log;
 use crate::metrics::{Counts, Metrics};
 use crate::socket::Socket;
-use crate::timeout::Timeout;
 
 /// How many connections may wait for `serve` to accept them.
 const SERVE_BACKLOG: i32 = 1024;
@@ -79,6 +78,12 @@ impl Shared {
 ///
 /// In a fiber: a runtime does not fit into a runtime. And where the kernel gives no ring, with a sentence that says what to
 /// change ([`RuntimeBuilder::run`] returns it as an error).
+///
+/// # Fork
+///
+/// A child forked from a fiber or a thread (`fork(2)` without exec) has none of its parent's fibers and workers. Its calls block,
+/// as on a plain thread, also on the sockets it inherited; it may call `run` for fibers of its own. It has to end by itself
+/// (`std::process::exit`) rather than return from the fiber that forked it.
 ///
 /// ```
 /// let answer = ringsock::run(|| {
@@ -492,18 +497,17 @@ impl Drop for StopWhenDropped {
 }
 
 /// Makes a handle the thread's own for a while.
-struct CurrentHandle;
+struct CurrentHandle(Option<Handle>);
 
 impl CurrentHandle {
     fn enter(handle: Handle) -> CurrentHandle {
-        CURRENT.set(Some(handle));
-        CurrentHandle
+        CurrentHandle(CURRENT.replace(Some(handle)))
     }
 }
 
 impl Drop for CurrentHandle {
     fn drop(&mut self) {
-        CURRENT.set(None);
+        CURRENT.set(self.0.take());
     }
 }
 
@@ -519,7 +523,14 @@ impl Handle {
     /// ringsock::run(|| assert_eq!(ringsock::Handle::current().unwrap().workers(), 1));
     /// ```
     pub fn current() -> Option<Handle> {
-        CURRENT.with_borrow(Clone::clone)
+        let handle = CURRENT.with_borrow(Clone::clone)?;
+        // A child that a fiber forked has none of its parent's workers.
+        let is_ours = handle
+            .0
+            .workers
+            .iter()
+            .all(|worker| worker.remote.is_ours());
+        is_ours.then_some(handle)
     }
 
     /// How many workers the runtime has.
@@ -824,14 +835,16 @@ where
             break;
         }
     }
-    if listener.settimeout(Timeout::from(0)).is_ok() {
-        loop {
-            match listener.accept().and_then(&start) {
-                Ok(()) => {}
-                Err(error) if error.errno() == Some(libc::ECONNABORTED) => {}
-                // EAGAIN: the backlog is empty. Anything else (no descriptor, no memory) is not waited for any more.
-                Err(_) => break,
-            }
+    // As many as the backlog can hold: of those who still come, some are too late.
+    for accepted in 1..=SERVE_BACKLOG {
+        match listener.accept_now().and_then(&start) {
+            Ok(()) => {}
+            Err(error) if error.errno() == Some(libc::ECONNABORTED) => {}
+            // EAGAIN: the backlog is empty. Anything else (no descriptor, no memory) is not waited for any more.
+            Err(_) => break,
+        }
+        if accepted % 16 == 0 {
+            yield_now();
         }
     }
 }

@@ -72,6 +72,10 @@ static PREVIOUS: [AtomicUsize; SIGNAL_MAX as usize + 1] =
 /// The signals that some object asked for.
 static INSTALLED: AtomicU64 = AtomicU64::new(0);
 
+/// The signals that no object asks for any more, whose action was not ours then: somebody else's handler lies over ours, and may
+/// call it.
+static OVERLAID: AtomicU64 = AtomicU64::new(0);
+
 /// Who has which place, and what to put back.
 struct Registry {
     taken: [bool; PLACES],
@@ -139,6 +143,10 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *
 /// In the handler: nobody wants the signal, since the last object went while it was on its way, or somebody put our handler back
 /// after that. It is sent again, to have its ordinary effect (or to reach an object that has come meanwhile).
 fn give_back(signal: i32) {
+    if OVERLAID.load(Ordering::SeqCst) & bit(signal) != 0 {
+        // Whoever called us has dealt with it, and would call us again.
+        return;
+    }
     let ours = action(signal, None).is_ok_and(|now| now.sa_sigaction == our_action().sa_sigaction);
     if ours && INSTALLED.load(Ordering::SeqCst) & bit(signal) == 0 {
         // SAFETY: zeroed is a valid sigaction, for `SIG_DFL` or, stored below, `SIG_IGN`.
@@ -202,6 +210,7 @@ impl Registry {
                     INSTALLED.fetch_and(!bit(signal), Ordering::SeqCst);
                     return Err(error);
                 }
+                OVERLAID.fetch_and(!bit(signal), Ordering::SeqCst);
                 *installed = Some((1, before));
             }
         }
@@ -222,6 +231,8 @@ impl Registry {
         if now.is_ok_and(|now| now.sa_sigaction == our_action().sa_sigaction) {
             // It is valid: it was in force before.
             let _ = action(signal, Some(before));
+        } else {
+            OVERLAID.fetch_or(bit(signal), Ordering::SeqCst);
         }
     }
 
@@ -263,6 +274,7 @@ pub struct Signals {
     wanted: u64,
     eventfd: OwnedFd,
     made_in: u32,
+    released: bool,
 }
 
 impl Signals {
@@ -307,6 +319,7 @@ impl Signals {
             wanted: 0,
             eventfd,
             made_in: epoch,
+            released: false,
         };
         for signal in numbers(wanted) {
             if let Err(error) = registry.install(signal) {
@@ -386,10 +399,11 @@ impl Signals {
 
     /// Gives up the signals: those that had come, were not taken, and have had no effect elsewhere.
     fn release(&mut self) -> u64 {
-        let wanted = std::mem::take(&mut self.wanted);
-        if wanted == 0 {
+        if std::mem::replace(&mut self.released, true) {
             return 0;
         }
+        // Not all that the place says, if one of them could not be installed.
+        let wanted = std::mem::take(&mut self.wanted);
         let place = &TABLE[self.index];
         let mut registry = registry();
         numbers(wanted).for_each(|signal| registry.uninstall(signal));

@@ -909,3 +909,54 @@ fn typed_options_are_those_that_std_sees() {
         assert_eq!(errno(closed.linger()), Some(libc::EBADF));
     });
 }
+
+#[test]
+fn a_call_that_must_not_wait_does_not_whatever_a_duplicate_did_to_the_descriptor() {
+    on_both(|| {
+        let listener = create_server(("127.0.0.1", 0)).unwrap();
+        listener.settimeout(0).unwrap();
+        let duplicate = listener.dup().unwrap();
+        // It clears the O_NONBLOCK that both share.
+        duplicate.settimeout(None).unwrap();
+        assert!(listener.accept().unwrap_err().is_would_block());
+
+        let full = Socket::new(AF_UNIX, SOCK_STREAM, 0).unwrap();
+        full.bind("").unwrap();
+        full.listen(0).unwrap();
+        let address = full.getsockname().unwrap();
+        let mut clients = Vec::new();
+        let refused = (0..10).find_map(|_| {
+            let client = Socket::new(AF_UNIX, SOCK_STREAM, 0).unwrap();
+            client.settimeout(0.1).unwrap();
+            let duplicate = client.dup().unwrap();
+            duplicate.settimeout(None).unwrap();
+            let result = client.connect(&address);
+            clients.push((client, duplicate));
+            result.err()
+        });
+        assert_eq!(refused.unwrap().errno(), Some(libc::EAGAIN));
+    });
+}
+
+#[test]
+fn accepting_and_changing_the_mode_at_once_never_blocks_for_good() {
+    let listener = create_server(("127.0.0.1", 0)).unwrap();
+    listener.settimeout(0).unwrap();
+    let done = Arc::new(AtomicUsize::new(0));
+    let (theirs, seen) = (listener.clone(), done.clone());
+    let toggler = thread::spawn(move || {
+        while seen.load(Ordering::SeqCst) == 0 {
+            theirs.settimeout(None).unwrap();
+            theirs.settimeout(0).unwrap();
+        }
+    });
+    run(move || {
+        for _ in 0..4_000 {
+            // In one mode it answers EAGAIN, in the other it waits for the deadline.
+            let result = timeout(0.0005, || listener.accept());
+            assert!(result.is_err());
+        }
+    });
+    done.store(1, Ordering::SeqCst);
+    toggler.join().unwrap();
+}

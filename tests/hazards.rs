@@ -10,7 +10,7 @@ use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -667,6 +667,84 @@ fn a_child_that_returns_from_its_fiber_is_told_and_ends() {
         stderr.contains("call std::process::exit in the child"),
         "{stderr}"
     );
+}
+
+#[test]
+fn a_child_forked_by_a_fiber_runs_fibers_of_its_own() {
+    let _turn = turn();
+    run(|| {
+        let (parents, childs) = socketpair().unwrap();
+        // SAFETY: the child calls this crate, which is made for it, and ends by _exit.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let sum = std::panic::catch_unwind(|| {
+                assert!(ringsock::Handle::current().is_none());
+                run(|| {
+                    let fibers: Vec<_> = (1..=10)
+                        .map(|n| {
+                            spawn(move || {
+                                sleep(0.001).unwrap();
+                                n
+                            })
+                        })
+                        .collect();
+                    fibers
+                        .into_iter()
+                        .map(|fiber| fiber.join().unwrap())
+                        .sum::<u8>()
+                })
+            });
+            let _ = childs.sendall(&[sum.unwrap_or(0)]);
+            // SAFETY: it only ends the process.
+            unsafe { libc::_exit(0) };
+        }
+        assert!(child > 0);
+        parents.settimeout(60).unwrap();
+        assert_eq!(parents.recv(1).unwrap(), [55]);
+        let mut status = 0;
+        // SAFETY: `status` lives through the call; the child is ours.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(spawn(|| 7).join().unwrap(), 7, "the parent goes on");
+    });
+}
+
+// 14: one busy side does not hold up the others.
+
+#[test]
+fn a_server_that_stops_under_a_flood_takes_no_more_than_its_backlog() {
+    let _turn = turn();
+    const BACKLOG: usize = 1024;
+    static ACCEPTED: AtomicUsize = AtomicUsize::new(0);
+    let flooding = Arc::new(AtomicBool::new(true));
+    run(move || {
+        let server = ringsock::serve(("127.0.0.1", 0), |_conn, _peer| {
+            ACCEPTED.fetch_add(1, Ordering::SeqCst);
+        })
+        .unwrap();
+        let port = server.address().port().unwrap();
+        let clients: Vec<_> = (0..4)
+            .map(|_| {
+                let flooding = flooding.clone();
+                thread::spawn(move || {
+                    while flooding.load(Ordering::SeqCst) {
+                        let _ = std::net::TcpStream::connect(("127.0.0.1", port));
+                    }
+                })
+            })
+            .collect();
+        while ACCEPTED.load(Ordering::SeqCst) < 1000 {
+            sleep(0.001).unwrap();
+        }
+        let before = ACCEPTED.load(Ordering::SeqCst);
+        server.stop();
+        let more = ACCEPTED.load(Ordering::SeqCst) - before;
+        flooding.store(false, Ordering::SeqCst);
+        // Some are accepted, but not counted yet, when the server is told to stop.
+        assert!(more <= 2 * BACKLOG, "{more}");
+        for client in clients {
+            client.join().unwrap();
+        }
+    });
 }
 
 // 18: SIGPIPE.

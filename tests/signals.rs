@@ -473,3 +473,67 @@ fn a_forked_child_waits_for_its_own_signals() {
         assert_eq!(signals.wait(), Ok(SIGUSR1));
     });
 }
+
+#[test]
+fn signals_that_could_not_be_asked_for_leave_nothing_behind() {
+    alone(
+        "signals_that_could_not_be_asked_for_leave_nothing_behind",
+        || {
+            for _ in 0..100 {
+                assert!(Signals::new(&[SIGUSR1, libc::SIGKILL]).is_err());
+                assert!(Signals::new(&[libc::SIGKILL, SIGUSR1]).is_err());
+            }
+            // The descriptors of the failed ones are free, and their numbers nobody's to write to.
+            let (left, right) = ringsock::socketpair().unwrap();
+            let signals = Signals::new(&[SIGUSR1]).unwrap();
+            raise(SIGUSR1);
+            assert_eq!(signals.wait(), Ok(SIGUSR1));
+            for socket in [&left, &right] {
+                socket.settimeout(0).unwrap();
+                assert!(socket.recv(64).unwrap_err().is_would_block());
+            }
+        },
+    );
+}
+
+static BELOW: AtomicUsize = AtomicUsize::new(0);
+
+/// As another library's: calls the handler that was there before it.
+extern "C" fn count_and_chain(
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) {
+    HANDLED.fetch_add(1, Ordering::SeqCst);
+    let below = BELOW.load(Ordering::SeqCst);
+    // SAFETY: the address is that of the crate's handler, which takes these.
+    let below: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
+        unsafe { std::mem::transmute(below) };
+    below(signal, info, context);
+}
+
+#[test]
+fn a_handler_over_ours_that_chains_is_called_once_a_signal() {
+    alone(
+        "a_handler_over_ours_that_chains_is_called_once_a_signal",
+        || {
+            let signals = Signals::new(&[SIGUSR1]).unwrap();
+            BELOW.store(action(SIGUSR1), Ordering::SeqCst);
+            // SAFETY: zeroed is a valid action; the handler takes what SA_SIGINFO passes.
+            unsafe {
+                let mut theirs: libc::sigaction = std::mem::zeroed();
+                let handler: extern "C" fn(_, _, _) = count_and_chain;
+                theirs.sa_sigaction = handler as usize;
+                theirs.sa_flags = libc::SA_SIGINFO;
+                assert_eq!(libc::sigaction(SIGUSR1, &theirs, std::ptr::null_mut()), 0);
+            }
+            raise(SIGUSR1);
+            assert_eq!(signals.wait(), Ok(SIGUSR1));
+            drop(signals);
+            for _ in 0..3 {
+                raise(SIGUSR1);
+            }
+            assert_eq!(HANDLED.load(Ordering::SeqCst), 4);
+        },
+    );
+}

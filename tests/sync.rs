@@ -841,3 +841,40 @@ fn guards_and_errors_behave_like_the_standard_ones() {
     crosses::<Sender<i32>>();
     crosses::<Receiver<i32>>();
 }
+
+#[test]
+fn a_condvar_wait_of_no_time_lets_the_others_go_first() {
+    bounded(|| {
+        run(|| {
+            let shared = Arc::new((Mutex::new(false), Condvar::new()));
+            let theirs = shared.clone();
+            let setter = spawn(move || *theirs.0.lock().unwrap() = true);
+            let mut set = shared.0.lock().unwrap();
+            while !*set {
+                set = shared.1.wait_timeout(set, 0).unwrap().0;
+            }
+            drop(set);
+            setter.join().unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_fiber_that_passes_values_without_waiting_starves_nobody() {
+    bounded(|| {
+        run(|| {
+            let done = std::rc::Rc::new(std::cell::Cell::new(false));
+            let seen = done.clone();
+            let passing = spawn(move || {
+                let (sender, receiver) = channel(1);
+                while !seen.get() {
+                    sender.send(()).unwrap();
+                    receiver.recv().unwrap();
+                }
+            });
+            sleep(0.01).unwrap();
+            done.set(true);
+            passing.join().unwrap();
+        });
+    });
+}

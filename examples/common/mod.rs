@@ -30,6 +30,21 @@ pub struct Listen {
     workers: u16,
 }
 
+/// The error, with what it is about.
+pub fn about(error: ringsock::Error, what: &str) -> ringsock::Error {
+    match error.errno() {
+        Some(errno) => {
+            let text = ringsock::Error::from_errno(errno).to_string();
+            let text = text.split_once("] ").map_or(&*text, |(_, text)| text);
+            ringsock::Error::Os {
+                errno,
+                message: Some(format!("{text}: {what}").into()),
+            }
+        }
+        None => error,
+    }
+}
+
 /// A timeout on the command line.
 pub fn seconds(text: &str) -> Result<f64, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
@@ -85,6 +100,15 @@ impl Listen {
         })
     }
 
+    /// The error, and where it happened.
+    fn with_address(&self, error: ringsock::Error) -> ringsock::Error {
+        let address = match &self.unix {
+            Some(path) => path.display().to_string(),
+            None => self.bind.to_string(),
+        };
+        about(error, &address)
+    }
+
     fn start<H, R>(&self, handler: &Arc<H>) -> ringsock::Result<Server>
     where
         H: Fn(Socket, Address) -> R + Send + Sync + 'static,
@@ -106,7 +130,7 @@ impl Listen {
                 Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < give_up => {
                     ringsock::sleep(0.05)?;
                 }
-                result => return result,
+                result => return result.map_err(|error| self.with_address(error)),
             }
         }
     }

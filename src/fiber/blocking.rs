@@ -85,7 +85,7 @@ impl Pool {
         let (jobs, waiting) = &self.jobs;
         jobs.send(job)?;
         let mut threads = self.threads();
-        if waiting.is_empty() || *threads >= LIMIT.load(Ordering::Relaxed) {
+        if waiting.is_pending() || *threads >= LIMIT.load(Ordering::Relaxed) {
             return Ok(());
         }
         let started = thread::Builder::new()
@@ -113,7 +113,7 @@ impl Pool {
                 continue;
             }
             let mut threads = self.threads();
-            if waiting.is_empty() {
+            if waiting.is_pending() {
                 *threads -= 1;
                 return;
             }
@@ -241,7 +241,7 @@ impl<T> BlockingHandle<T> {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn is_finished(&self) -> bool {
-        !self.outcome.is_empty()
+        !self.outcome.is_pending()
     }
 }
 

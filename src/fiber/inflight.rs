@@ -97,6 +97,12 @@ impl InFlight {
         None
     }
 
+    /// Runs a short call that needs the descriptor's flags to stay what they are, or changes them, while no other such call runs.
+    pub(crate) fn exclusively<R>(&self, call: impl FnOnce() -> R) -> R {
+        let _rest = self.rest_after_fork();
+        call()
+    }
+
     #[inline]
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)

@@ -60,7 +60,7 @@ impl fmt::Display for JoinError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             JoinError::Panic(payload) => {
-                write!(f, "the fiber panicked: {}", panic_text(&**payload))
+                write!(f, "what was joined panicked: {}", panic_text(&**payload))
             }
             JoinError::Shutdown => f.write_str("the runtime ended before the fiber did"),
             JoinError::NotStarted(error) => write!(f, "the fiber could not be started: {error}"),
@@ -72,6 +72,26 @@ impl fmt::Display for JoinError {
 }
 
 impl std::error::Error for JoinError {}
+
+impl From<JoinError> for Error {
+    /// So that `?` takes it: a panic becomes a message with its text, the others what they are.
+    ///
+    /// ```
+    /// fn sum() -> ringsock::Result<i32> {
+    ///     let fiber = ringsock::spawn(|| 1 + 2);
+    ///     Ok(fiber.join()?)
+    /// }
+    /// assert_eq!(ringsock::run(sum)?, 3);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    fn from(error: JoinError) -> Error {
+        match error {
+            JoinError::Panic(_) => Error::Message(error.to_string().into()),
+            JoinError::Shutdown => Error::Shutdown,
+            JoinError::NotStarted(error) | JoinError::Interrupted(error) => error,
+        }
+    }
+}
 
 pub(super) fn panic_text(payload: &(dyn Any + Send)) -> &str {
     payload

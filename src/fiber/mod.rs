@@ -289,17 +289,16 @@ pub(crate) fn in_fiber() -> bool {
     current().is_some()
 }
 
-/// Makes `worker` the one of this thread until the guard goes.
+/// Makes `worker` the one of this thread until the guard goes. In a child that a fiber forked it takes the place of the parent's.
 fn enter_worker(worker: &Worker) -> impl Drop {
-    struct Leave;
+    struct Leave(*const Worker);
     impl Drop for Leave {
         fn drop(&mut self) {
-            WORKER.set(ptr::null());
+            WORKER.set(self.0);
         }
     }
-    assert!(WORKER.get().is_null(), "a runtime inside a runtime");
-    WORKER.set(worker);
-    Leave
+    assert!(self::worker().is_none(), "a runtime inside a runtime");
+    Leave(WORKER.replace(worker))
 }
 
 /// Closures above this size start on the heap rather than on the fiber's stack: corosensei moves at most 1,024 bytes there, and
@@ -566,6 +565,16 @@ fn attempt_failed(fiber: FiberRef, op: &mut Op<'_>, result: i32) -> Option<i32> 
     None
 }
 
+/// After a call that a fiber had no need to wait in: lets the others go first, once it has made many of them in a row.
+#[inline]
+pub(crate) fn count_unwaited_call() {
+    if let Some((worker, fiber)) = current()
+        && worker.has_run_long()
+    {
+        yield_fiber(worker, fiber);
+    }
+}
+
 #[inline(always)]
 fn suspend_fiber(
     worker: &Worker,
@@ -815,7 +824,12 @@ fn park(worker: &Worker, fiber: FiberRef, key: Key) -> Result<()> {
         // With a deadline the wait is a timer on the ring, which a wake cancels.
         let left_ns = fiber.deadline_ns.get() - worker.now_ns();
         if left_ns <= 0 {
-            return Err(Error::Timeout);
+            // The others go first all the same: one of them may be who is waited for.
+            yield_fiber(worker, fiber);
+            if !worker.is_waiting(key) {
+                return Ok(());
+            }
+            return Err(interrupted_error().unwrap_or(Error::Timeout));
         }
         let mut op = Op::Sleep {
             duration: timespec_from_ns(left_ns),

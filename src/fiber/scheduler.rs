@@ -41,6 +41,9 @@ use crate::sys;
 /// How many plain sends a fiber may make before it has to go through the ring, so that the others get a turn.
 const DIRECT_CALLS_MAX: u32 = 16;
 
+/// How many values a fiber may pass through channels before it lets the others go first.
+const UNWAITED_CALLS_MAX: u32 = 128;
+
 /// A worker that never waits publishes its counters once in so many turns.
 const PUBLISH_TURNS: u64 = 64;
 
@@ -121,6 +124,7 @@ pub(crate) struct Worker {
     switches: Cell<u64>,
     spawned: Cell<u64>,
     direct_calls: Cell<u32>,
+    unwaited_calls: Cell<u32>,
     fork_mark: &'static AtomicU32,
     fork_epoch: u32,
 }
@@ -150,6 +154,7 @@ impl Worker {
             switches: Cell::new(0),
             spawned: Cell::new(0),
             direct_calls: Cell::new(0),
+            unwaited_calls: Cell::new(0),
             fork_mark: sys::fork_mark(),
             fork_epoch: sys::fork_epoch(),
         })
@@ -212,6 +217,14 @@ impl Worker {
         }
     }
 
+    /// Counts a call of the current fiber that did not wait: whether there were many since it was switched in.
+    #[inline]
+    pub(super) fn has_run_long(&self) -> bool {
+        let calls = self.unwaited_calls.get() + 1;
+        self.unwaited_calls.set(calls);
+        calls >= UNWAITED_CALLS_MAX
+    }
+
     // Fibers.
 
     pub(super) fn register(&self, fiber: FiberRef) -> u32 {
@@ -258,6 +271,7 @@ impl Worker {
         fiber.state.set(State::Running);
         self.current.set(Some(fiber));
         self.direct_calls.set(0);
+        self.unwaited_calls.set(0);
         self.switches.set(self.switches.get() + 1);
         let ended = fiber.resume();
         self.current.set(None);

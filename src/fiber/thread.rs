@@ -8,6 +8,7 @@
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::inflight::{Direction, InFlight};
 use super::outcome;
@@ -245,8 +246,9 @@ fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Dir
             return outcome::TIMED_OUT;
         }
         let slice_ms = (left_ns / 1_000_000 + 1).min(POLL_SLICE_MS) as i32;
-        if let Some((fd, events)) = op.readiness() {
-            sys::poll(fd, events, slice_ms);
+        match op.readiness() {
+            Some((fd, events)) => drop(sys::poll(fd, events, slice_ms)),
+            None => std::thread::sleep(Duration::from_millis(slice_ms as u64)),
         }
     }
 }

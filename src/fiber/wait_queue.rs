@@ -50,7 +50,6 @@ impl<W> WaitQueue<W> {
         Some(waiter)
     }
 
-    /// All of them, to be looked at where they are.
     /// Takes out all that wait now.
     pub(crate) fn take(&mut self) -> impl Iterator<Item = W> + use<W> {
         let waiting = std::mem::take(&mut self.waiting);

@@ -151,6 +151,10 @@ impl Socket {
     pub fn detach(mut self) -> Result<OwnedFd> {
         self.check_open()?;
         if let Some(inner) = Arc::get_mut(&mut self.0) {
+            // The handle that went last may have closed the object just now.
+            if inner.inflight.is_closed() {
+                return Err(Error::from_errno(libc::EBADF));
+            }
             return Ok(sys::own(std::mem::replace(&mut inner.fd, -1)));
         }
         let duplicate = self.duplicate_fd()?;

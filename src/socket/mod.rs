@@ -346,16 +346,30 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn accept(&self) -> Result<(Socket, Address)> {
+        if self.timeout_ns() == NON_BLOCKING {
+            return self.accept_now();
+        }
         let mut address = SockAddr::empty();
-        let fd = if self.timeout_ns() == NON_BLOCKING {
-            sys::check(sys::accept4(self.0.fd, &mut address))?
-        } else {
-            let op = Op::Accept {
-                fd: self.0.fd,
-                address: &mut address,
-            };
-            self.run(op, Direction::In)?
+        let op = Op::Accept {
+            fd: self.0.fd,
+            address: &mut address,
         };
+        let fd = self.run(op, Direction::In)?;
+        self.accepted(fd, &address)
+    }
+
+    /// [`accept`](Socket::accept) without waiting, in any mode: `EAGAIN` if no connection is there.
+    pub(crate) fn accept_now(&self) -> Result<(Socket, Address)> {
+        let mut address = SockAddr::empty();
+        let mut op = Op::Accept {
+            fd: self.0.fd,
+            address: &mut address,
+        };
+        let fd = sys::check(self.0.inflight.exclusively(|| op.attempt()))?;
+        self.accepted(fd, &address)
+    }
+
+    fn accepted(&self, fd: RawFd, address: &SockAddr) -> Result<(Socket, Address)> {
         let fd = sys::own(fd);
         let socket = Socket::adopt(fd, self.0.family, self.0.kind, self.0.proto)?;
         if self.0.has_option_timeouts.load(Ordering::SeqCst) {
@@ -430,7 +444,9 @@ impl Socket {
         let timeout_ns = self.timeout_ns();
         // On AF_UNIX only a full backlog makes connect wait, and Python does not wait for that once there is a timeout.
         if timeout_ns == NON_BLOCKING || (timeout_ns > 0 && self.0.family == AF_UNIX) {
-            return sys::check(sys::connect(self.0.fd, address)).map(drop);
+            let fd = self.0.fd;
+            let attempt = || Op::Connect { fd, address }.attempt();
+            return sys::check(self.0.inflight.exclusively(attempt)).map(drop);
         }
         if timeout_ns == BY_OPTION && self.0.family == AF_UNIX {
             return self.connect_unix_by_option(address);
@@ -980,7 +996,8 @@ impl Socket {
     /// Sets the timeout of all calls that wait: seconds as a float or an integer, a [`Duration`](std::time::Duration), or `None`.
     ///
     /// `None` waits for ever, 0 never waits (non-blocking mode), more waits that long. It takes effect with the next call, and
-    /// `O_NONBLOCK` of the descriptor follows as in Python: set for 0 and more, clear for `None`.
+    /// `O_NONBLOCK` of the descriptor follows as in Python: set for 0 and more, clear for `None`. In a fiber a receive may let the
+    /// others go first; its time counts from then on.
     ///
     /// # Errors
     ///
@@ -1006,9 +1023,10 @@ impl Socket {
         if timeout_ns == BLOCKING {
             store();
         }
+        let set_flag = || sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING);
         let result = self
             .check_open()
-            .and_then(|()| sys::check(sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING)));
+            .and_then(|()| sys::check(self.0.inflight.exclusively(set_flag)));
         if timeout_ns != BLOCKING {
             store();
         } else if self.0.has_option_timeouts.load(Ordering::SeqCst) {

@@ -109,6 +109,8 @@ impl Socket {
     /// waited that long fails with `EAGAIN` (connect with `EINPROGRESS`). [`settimeout`](Socket::settimeout) is the better way.
     /// Set them through the object that is to obey, not behind its back.
     ///
+    /// Of `SO_RCVLOWAT` a receive that waits takes no notice: it returns what is there.
+    ///
     /// # Errors
     ///
     /// `ENOPROTOOPT`: no such option at this level. `EINVAL`: not such a value. `EPERM`, `EACCES`: needs a privilege.

@@ -15,6 +15,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::Error;
+use crate::fiber;
 use crate::fiber::park::{Parking, Waker};
 use crate::fiber::wait_queue::{Ticket, WaitQueue};
 
@@ -22,7 +23,10 @@ use crate::fiber::wait_queue::{Ticket, WaitQueue};
 ///
 /// Both ends can be cloned and work in any fiber and on any thread; each value goes to one receiver. Values are received in the
 /// order they were sent, and those who wait are served in the order they came. A call that need not wait succeeds at once, also in
-/// a fiber that was cancelled.
+/// a fiber that was cancelled; after 128 of them in a row a fiber lets the others go first.
+///
+/// In a forked child the fibers and threads that waited in the parent are not there, though the channel still counts them: use
+/// channels made in the child.
 ///
 /// It is disconnected when all senders are gone: receivers get what is left and then an error. And when all receivers are
 /// gone: what is left is dropped, and senders get their value back.
@@ -144,7 +148,10 @@ impl<T> Sender<T> {
         let mut value = value;
         loop {
             value = match self.0.try_send(value) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    fiber::count_unwaited_call();
+                    return Ok(());
+                }
                 Err(TrySendError::Disconnected(value)) => {
                     return Err(SendError::Disconnected(value));
                 }
@@ -204,7 +211,10 @@ impl<T> Receiver<T> {
     pub fn recv(&self) -> Result<T, RecvError> {
         loop {
             match self.0.try_recv() {
-                Ok(value) => return Ok(value),
+                Ok(value) => {
+                    fiber::count_unwaited_call();
+                    return Ok(value);
+                }
                 Err(TryRecvError::Disconnected) => return Err(RecvError::Disconnected),
                 Err(TryRecvError::Empty) => {}
             }
@@ -262,9 +272,10 @@ impl<T> Receiver<T> {
         Iter(self)
     }
 
-    /// Whether no value is in the buffer just now.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.lock().values.is_empty()
+    /// Whether a value may still come, and none is there.
+    pub(crate) fn is_pending(&self) -> bool {
+        let state = self.0.lock();
+        state.values.is_empty() && state.senders_live > 0
     }
 }
 

@@ -17,6 +17,8 @@ use crate::timeout::Timeout;
 /// does. Where the error is handled, [`lock`](crate::Mutex::lock) gets it if it is free. A notification that reached an
 /// interrupted waiter goes on to the next one.
 ///
+/// In a forked child those who waited in the parent are not there, though they are still counted: use one made in the child.
+///
 /// # Source
 ///
 /// [`std::sync::Condvar`]; Python `threading.Condition`.

@@ -24,6 +24,7 @@ use crate::fiber::wait_queue::WaitQueue;
 /// - Locking it twice in one fiber or thread waits for ever (or until interrupted).
 /// - A fiber given up at shutdown ([`fibers_lost`](crate::Metrics::fibers_lost)) keeps the locks it holds.
 /// - While nobody waits, nothing is allocated.
+/// - In a forked child those who waited in the parent are not there, though it would hand the lock to them: use one made in the child.
 ///
 /// # Source
 ///
