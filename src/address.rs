@@ -866,6 +866,7 @@ mod tests {
     fn shown(address: impl ToAddress, family: Family) -> String {
         match address.to_address(family) {
             Ok(address) => address.to_string(),
+            Err(Error::Gaierror { code }) => format!("Gaierror {{ code: {code} }}"),
             Err(error) => format!("{error:?}"),
         }
     }
