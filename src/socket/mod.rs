@@ -1253,7 +1253,7 @@ impl Socket {
     #[inline(never)]
     fn run_specially(&self, op: &mut Op<'_>, direction: Direction, timeout_ns: i64) -> i32 {
         if timeout_ns == NON_BLOCKING {
-            return op.attempt();
+            return self.0.inflight.exclusively(|| op.attempt());
         }
         self.wait_by_option(op, direction)
     }
