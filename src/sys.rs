@@ -275,10 +275,10 @@ pub(crate) fn set_descriptor_flags(fd: RawFd, flags: i32) -> i32 {
     result(unsafe { libc::fcntl(fd, libc::F_SETFD, flags) })
 }
 
-/// Closes a descriptor the caller owns. The result is of no use: on Linux the number is free whatever close(2) says.
-pub(crate) fn close(fd: RawFd) {
+/// Closes a descriptor the caller owns. On Linux the number is free whatever close(2) says.
+pub(crate) fn close(fd: RawFd) -> i32 {
     // SAFETY: the caller owns `fd` and gives it up; no memory is passed.
-    unsafe { libc::close(fd) };
+    result(unsafe { libc::close(fd) })
 }
 
 /// Reads an option into `value`: the number of bytes the kernel wrote.
@@ -392,6 +392,31 @@ pub(crate) fn ring_eventfd(fd: RawFd) {
     let one = 1u64.to_ne_bytes();
     // SAFETY: eight bytes are read from the array during the call.
     unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) };
+}
+
+/// An epoll instance.
+pub(crate) fn epoll() -> Result<OwnedFd> {
+    // SAFETY: no memory is passed.
+    let fd = check(result(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) }))?;
+    Ok(own(fd))
+}
+
+/// Has the epoll instance report once, with `token`, that `fd` can be written or has an error.
+pub(crate) fn epoll_add(epoll: RawFd, fd: RawFd, token: usize) -> i32 {
+    let mut event = libc::epoll_event {
+        events: (libc::EPOLLOUT | libc::EPOLLONESHOT) as u32,
+        u64: token as u64,
+    };
+    // SAFETY: the event is read during the call.
+    result(unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &mut event) })
+}
+
+/// The token of a descriptor that the epoll instance has to report, if there is one. It does not wait.
+pub(crate) fn epoll_next(epoll: RawFd) -> Option<usize> {
+    let mut event = libc::epoll_event { events: 0, u64: 0 };
+    // SAFETY: there is room for the one event that is asked for.
+    let count = unsafe { libc::epoll_wait(epoll, &mut event, 1, 0) };
+    (count == 1).then_some(event.u64 as usize)
 }
 
 /// The monotonic clock in nanoseconds.

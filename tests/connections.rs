@@ -261,6 +261,7 @@ fn create_connection_keeps_pythons_rules() {
             timeout: Some(LONG.into()),
             source_address: Some(&("127.0.0.3", 0)),
             all_errors: true,
+            ..Default::default()
         };
         let client = create_connection_with(&address, options).unwrap();
         assert_eq!(client.gettimeout(), Some(LONG));
