@@ -423,6 +423,8 @@ pub fn has_dualstack_ipv6() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
+    use std::time::Instant;
 
     fn refusing() -> (Socket, Address) {
         let bound = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
@@ -475,5 +477,112 @@ mod tests {
         };
         let error = connect_first(&[refusing.clone(), refusing], options);
         assert!(matches!(error, Err(Error::Value(_))));
+    }
+
+    // Races.
+
+    const DELAY: Duration = Duration::from_millis(100);
+
+    fn racing() -> CreateConnection<'static> {
+        CreateConnection {
+            all_errors: true,
+            ..Default::default()
+        }
+    }
+
+    /// An address that answers nothing: a listener whose backlog is full. The sockets keep it so.
+    fn silent() -> (Vec<Socket>, Address) {
+        let listener = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
+        listener.bind(("127.0.0.1", 0)).unwrap();
+        listener.listen(0).unwrap();
+        let address = listener.getsockname().unwrap();
+        let mut sockets = vec![listener];
+        // The backlog holds one more than said.
+        for _ in 0..2 {
+            let filler = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
+            filler.setblocking(false).unwrap();
+            assert_eq!(filler.connect_ex(&address).unwrap(), libc::EINPROGRESS);
+            sockets.push(filler);
+        }
+        (sockets, address)
+    }
+
+    fn on_both(test: fn()) {
+        test();
+        crate::run(test);
+    }
+
+    #[test]
+    fn a_race_goes_past_an_address_that_is_silent() {
+        on_both(|| {
+            let (_sockets, silent) = silent();
+            let server = create_server(("127.0.0.1", 0)).unwrap();
+            let address = server.getsockname().unwrap();
+            let start = Instant::now();
+            let order = [silent.clone(), address.clone(), silent];
+            let socket = connect_racing(&order, racing(), DELAY).unwrap();
+            assert!(start.elapsed() >= DELAY);
+            assert!(start.elapsed() < Duration::from_secs(30));
+            assert_eq!(socket.getpeername().unwrap(), address);
+            assert_eq!(socket.gettimeout(), None);
+            let flags = sys::check(sys::status_flags(socket.fileno())).unwrap();
+            assert_eq!(flags & libc::O_NONBLOCK, 0);
+        });
+    }
+
+    #[test]
+    fn a_race_does_not_wait_after_a_failure() {
+        on_both(|| {
+            let (_bound, refusing) = refusing();
+            let server = create_server(("127.0.0.1", 0)).unwrap();
+            let address = server.getsockname().unwrap();
+            let hour = Duration::from_secs(3600);
+            let order = [refusing.clone(), refusing, address.clone()];
+            let socket = connect_racing(&order, racing(), hour).unwrap();
+            assert_eq!(socket.getpeername().unwrap(), address);
+        });
+    }
+
+    #[test]
+    fn a_lost_race_tells_what_each_address_said() {
+        on_both(|| {
+            let (_sockets, silent) = silent();
+            let (_bound, refusing) = refusing();
+            let options = CreateConnection {
+                timeout: Some(0.3.into()),
+                ..racing()
+            };
+            let order = [silent.clone(), refusing, silent];
+            let start = Instant::now();
+            let Err(Error::Group(errors)) = connect_racing(&order, options, DELAY) else {
+                panic!("not a group");
+            };
+            let refused = Error::from_errno(libc::ECONNREFUSED);
+            assert_eq!(*errors, [Error::Timeout, refused, Error::Timeout]);
+            // Side by side: the last began 100 ms after the first.
+            assert!(start.elapsed() >= Duration::from_millis(399));
+            assert!(start.elapsed() < Duration::from_secs(30));
+        });
+    }
+
+    #[test]
+    fn a_timeout_around_a_race_ends_it() {
+        on_both(|| {
+            let (_sockets, silent) = silent();
+            let order = [silent.clone(), silent];
+            let result = crate::timeout(0.2, || connect_racing(&order, racing(), DELAY));
+            assert_eq!(result.unwrap_err(), Error::Timeout);
+        });
+    }
+
+    #[test]
+    fn families_take_turns_in_a_race() {
+        let addresses = ["[::1]:1", "[::2]:1", "[::3]:1", "1.1.1.1:1", "2.2.2.2:1"];
+        let parsed = addresses.map(|text| Address::from(text.parse::<SocketAddr>().unwrap()));
+        let in_turn = interleaved(parsed.to_vec());
+        let shown: Vec<_> = in_turn.iter().map(Address::to_string).collect();
+        let expected = ["[::1]:1", "1.1.1.1:1", "[::2]:1", "2.2.2.2:1", "[::3]:1"];
+        assert_eq!(shown, expected);
+        assert!(interleaved(Vec::new()).is_empty());
     }
 }
