@@ -149,7 +149,7 @@ pub fn close(fd: OwnedFd) -> Result<()> {
 ///
 /// Python [`socket.setdefaulttimeout(timeout)`](https://docs.python.org/3/library/socket.html#socket.setdefaulttimeout).
 ///
-/// ```
+/// ```standalone_crate
 /// ringsock::setdefaulttimeout(2.5)?;
 /// let (left, _right) = ringsock::socketpair()?;
 /// assert_eq!(left.gettimeout(), Some(2.5));
