@@ -6,11 +6,13 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::fs;
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
+use std::rc::Rc;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -40,6 +42,12 @@ const HOSTS: &str = "\
 127.0.0.8 strasse.test
 ";
 
+/// The above, and a host whose entry is longer than the room that is made for one at first.
+fn hosts_file() -> String {
+    let aliases: Vec<_> = (0..300).map(|n| format!("alias{n}.big.test")).collect();
+    format!("{HOSTS}127.0.0.10 big.test {}\n", aliases.join(" "))
+}
+
 /// Runs `body` in a process of its own that has these hosts and the name server `127.0.0.1`, which the C library waits for as
 /// many seconds as said.
 fn with_own_names(test: &str, name_server_timeout_s: u32, body: impl FnOnce()) {
@@ -56,7 +64,7 @@ fn with_own_names(test: &str, name_server_timeout_s: u32, body: impl FnOnce()) {
     let resolver =
         format!("nameserver 127.0.0.1\noptions timeout:{name_server_timeout_s} attempts:1\n");
     for (name, text) in [
-        ("hosts", HOSTS),
+        ("hosts", hosts_file().as_str()),
         ("resolv.conf", &resolver),
         (
             "nsswitch.conf",
@@ -652,6 +660,9 @@ const CASES: &[Case] = &[
     ("gethostbyname_ex('many.test')", || {
         shown(gethostbyname_ex("many.test"))
     }),
+    ("gethostbyname_ex('big.test')", || {
+        shown(gethostbyname_ex("big.test"))
+    }),
     ("gethostbyname_ex('127.0.0.1')", || {
         shown(gethostbyname_ex("127.0.0.1"))
     }),
@@ -1048,18 +1059,28 @@ fn lookups_have_four_threads_and_a_queue_that_refuses() {
         || {
             let server = NameServer::start();
             run(move || {
-                let lookups: Vec<_> = (0..4 + 1024)
-                    .map(|n| spawn(move || v4(&format!("n{n}.gated.test"))))
-                    .collect();
-                ringsock::yield_now();
-                // They all have asked by now; the next one is one too many.
-                let late = timeout(5, || v4("late.gated.test"));
-                assert_eq!(late, Err(gai(EAI_AGAIN)));
-                assert_eq!(getservbyname("http", None), Err(gai(EAI_AGAIN)));
+                let ask = |n| spawn(move || v4(&format!("n{n}.gated.test")));
+                let mut lookups: Vec<_> = (0..4).map(ask).collect();
                 while server.waiting() < 4 {
                     sleep(0.001).unwrap();
                 }
                 assert_eq!(lookup_threads(), 4);
+                let asked = Rc::new(Cell::new(0));
+                lookups.extend((0..1024).map(|n| {
+                    let asked = asked.clone();
+                    spawn(move || {
+                        // Nothing suspends this fiber between here and the queue.
+                        asked.set(asked.get() + 1);
+                        v4(&format!("queued{n}.gated.test"))
+                    })
+                }));
+                while asked.get() < 1024 {
+                    ringsock::yield_now();
+                }
+                // One too many.
+                let late = timeout(5, || v4("late.gated.test"));
+                assert_eq!(late, Err(gai(EAI_AGAIN)));
+                assert_eq!(getservbyname("http", None), Err(gai(EAI_AGAIN)));
                 assert!(lookups.iter().all(|lookup| !lookup.is_finished()));
                 sleep(0.1).unwrap();
                 assert_eq!(server.waiting(), 4, "one lookup at a time per thread");

@@ -93,7 +93,8 @@ pub fn create_connection(address: impl ToAddress) -> Result<Socket> {
 
 /// [`create_connection`] with a timeout, a source address, and a say in which errors are told.
 ///
-/// A socket that did not connect is closed before the call returns, so a timeout leaves nothing behind.
+/// A socket that did not connect is closed before the call returns, so a timeout leaves nothing behind. The timeout is that of
+/// each attempt: the lookup of a name takes the time it takes, as in Python. To bound it all, use [`timeout`](crate::timeout).
 ///
 /// # Errors
 ///
