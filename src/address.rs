@@ -2,8 +2,8 @@
 //!
 //! This file owns [`Address`] (a socket's address, per family), [`ToAddress`] (the forms in which
 //! a caller may give one, with Python's rules per socket family) and `SockAddr` (the
-//! `sockaddr_storage` that goes to and from the kernel). It knows neither sockets nor rings, and
-//! it does not resolve names.
+//! `sockaddr_storage` that goes to and from the kernel). It knows neither sockets nor rings; the
+//! names of hosts it leaves to `resolve`.
 //!
 //! The kernel's layouts are written and read as plain bytes, so the unsafe part, the submodule
 //! `raw`, is only the storage itself.
@@ -12,6 +12,7 @@ pub(crate) use self::raw::SockAddr;
 
 use crate::constants::{AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, EAI_ADDRFAMILY, EAI_NONAME, Family};
 use crate::error::{Error, Result, Text};
+use crate::resolve;
 use std::ffi::OsStr;
 use std::fmt;
 use std::mem::offset_of;
@@ -276,7 +277,12 @@ impl From<std::os::unix::net::SocketAddr> for Address {
 /// | any | [`Address`] of that family |
 ///
 /// A host is a `&str`, `String`, `IpAddr`, `Ipv4Addr` or `Ipv6Addr`. As a string, `""` is every
-/// local address, `"<broadcast>"` is 255.255.255.255, and a numeric address is taken as it is.
+/// local address, `"<broadcast>"` is 255.255.255.255, and a numeric address is taken as it is. Any other
+/// host is a name, and means the first of its addresses in the socket's family
+/// ([`getaddrinfo`](crate::getaddrinfo)): only the calling fiber waits for that, as long as the lookup
+/// takes, since the socket's timeout does not cover it (an enclosing [`timeout`](crate::timeout) does).
+/// To try all addresses of a name, use [`create_connection`](crate::create_connection).
+///
 /// An IPv6 host may end in `%scope`, an interface's name (for link-local addresses) or its index;
 /// unlike in Python, that scope is kept where the tuple's own scope is 0 or absent.
 ///
@@ -306,21 +312,38 @@ pub trait ToAddress {
     ///
     /// # Errors
     ///
-    /// None of them has an errno, as in Python.
+    /// None of these has an errno, as in Python.
     ///
     /// - [`Error::Type`]: the form, or the family of a typed address, does not fit the socket; or
-    ///   the host contains NUL.
+    ///   the host contains NUL, or cannot be encoded as a host name.
     /// - [`Error::Gaierror`]: `EAI_ADDRFAMILY` for a numeric host of the other family,
-    ///   `EAI_NONAME` for a host that is not numeric or a scope that is no interface.
+    ///   `EAI_NONAME` for an unknown host or a scope that is no interface, `EAI_AGAIN` where the name
+    ///   servers do not answer; the others are those of [`getaddrinfo`](crate::getaddrinfo).
+    /// - [`Error::Timeout`] (of an enclosing [`timeout`](crate::timeout)), [`Error::Cancelled`],
+    ///   [`Error::Shutdown`]: the wait for a name's address was ended.
     /// - [`Error::Overflow`]: the flow information of a tuple is above 0xFFFFF.
     /// - [`Error::Message`]: `AF_UNIX path too long`; `address family mismatched` (the broadcast
     ///   address for `AF_INET6`); `bad family` (a host tuple for a family that has no hosts).
     fn to_address(&self, family: Family) -> Result<Address>;
+
+    /// All addresses that a stream may be connected to, of any family, in the order to try them: all
+    /// addresses of a name, or else the one. (An empty host is an unknown one here.)
+    ///
+    /// # Errors
+    ///
+    /// Those of [`to_address`](ToAddress::to_address) and of [`getaddrinfo`](crate::getaddrinfo).
+    fn to_stream_addresses(&self) -> Result<Vec<Address>> {
+        Ok(vec![self.to_address(AF_UNSPEC)?])
+    }
 }
 
 impl<T: ToAddress + ?Sized> ToAddress for &T {
     fn to_address(&self, family: Family) -> Result<Address> {
         (**self).to_address(family)
+    }
+
+    fn to_stream_addresses(&self) -> Result<Vec<Address>> {
+        (**self).to_stream_addresses()
     }
 }
 
@@ -328,17 +351,29 @@ impl ToAddress for (&str, u16) {
     fn to_address(&self, family: Family) -> Result<Address> {
         host_address(self.0, self.1, None, family)
     }
+
+    fn to_stream_addresses(&self) -> Result<Vec<Address>> {
+        resolve::stream_addresses(self.0, self.1)
+    }
 }
 
 impl ToAddress for (String, u16) {
     fn to_address(&self, family: Family) -> Result<Address> {
         host_address(&self.0, self.1, None, family)
     }
+
+    fn to_stream_addresses(&self) -> Result<Vec<Address>> {
+        resolve::stream_addresses(&self.0, self.1)
+    }
 }
 
 impl ToAddress for (&String, u16) {
     fn to_address(&self, family: Family) -> Result<Address> {
         host_address(self.0, self.1, None, family)
+    }
+
+    fn to_stream_addresses(&self) -> Result<Vec<Address>> {
+        resolve::stream_addresses(self.0, self.1)
     }
 }
 
@@ -488,16 +523,17 @@ fn host_address(
 /// The flow label's 20 bits.
 const FLOWINFO_MAX: u32 = 0xF_FFFF;
 
+/// The text of the error for an empty host that might be of either family.
+pub(crate) const WILDCARD_OF_MANY: &str = "wildcard resolved to multiple address";
+
 /// The address that a host string means, and the scope in it (0 without one).
-fn host_ip(host: &str, family: Family) -> Result<(IpAddr, u32)> {
+pub(crate) fn host_ip(host: &str, family: Family) -> Result<(IpAddr, u32)> {
     match host {
         "" => {
             return match family {
                 AF_INET => Ok((Ipv4Addr::UNSPECIFIED.into(), 0)),
                 AF_INET6 => Ok((Ipv6Addr::UNSPECIFIED.into(), 0)),
-                _ => Err(Error::Message(
-                    "wildcard resolved to multiple address".into(),
-                )),
+                _ => Err(Error::Message(WILDCARD_OF_MANY.into())),
             };
         }
         // The numeric form too: CPython tests both before it looks at the family's literals.
@@ -523,7 +559,8 @@ fn host_ip(host: &str, family: Family) -> Result<(IpAddr, u32)> {
         None => (host, None),
     };
     let Ok(ip) = literal.parse::<Ipv6Addr>() else {
-        return resolve_name(host, family);
+        // A name; or a form of IPv4 that only inet_aton() knows (127.1), all there is for AF_UNSPEC.
+        return resolve::first_address(host, family, family == AF_UNSPEC);
     };
     if family == AF_INET {
         // getaddrinfo() unwraps ::ffff:a.b.c.d for AF_INET, so Python takes it.
@@ -539,11 +576,6 @@ fn host_ip(host: &str, family: Family) -> Result<(IpAddr, u32)> {
         None => 0,
     };
     Ok((ip.into(), scope))
-}
-
-/// Only numeric hosts are accepted for now: every name is unknown (`EAI_NONAME`).
-fn resolve_name(_host: &str, _family: Family) -> Result<(IpAddr, u32)> {
-    Err(Error::Gaierror { code: EAI_NONAME })
 }
 
 /// What follows the `%`, by getaddrinfo's rule: an interface's name only where the address is

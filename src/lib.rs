@@ -14,6 +14,7 @@ mod error;
 mod fiber;
 mod log;
 mod metrics;
+mod resolve;
 mod runtime;
 pub mod signal;
 mod socket;
@@ -37,10 +38,17 @@ pub use fiber::thread::calls_without_ring;
 pub use fiber::{sleep, timeout, yield_now};
 pub use log::set_log_hook;
 pub use metrics::Metrics;
+pub use resolve::{
+    AddrInfo, Service, getaddrinfo, getaddrinfo_with, getfqdn, gethostbyaddr, gethostbyname,
+    gethostbyname_ex, gethostname, getnameinfo, getprotobyname, getservbyname, getservbyport,
+    has_ipv6, htonl, htons, if_indextoname, if_nameindex, if_nametoindex, inet_aton, inet_ntoa,
+    inet_ntop, inet_pton, ntohl, ntohs, set_lookup_threads, sethostname,
+};
 pub use runtime::{Handle, Runtime, RuntimeBuilder, Server, raise_descriptor_limit, run, serve};
 pub use socket::{
-    CreateConnection, CreateServer, Keepalive, OptionValue, Socket, create_connection,
-    create_connection_with, create_server, create_server_with, has_dualstack_ipv6, socketpair,
+    CreateConnection, CreateServer, Keepalive, OptionValue, Socket, SocketType, close,
+    create_connection, create_connection_with, create_server, create_server_with, dup, fromfd,
+    getdefaulttimeout, has_dualstack_ipv6, setdefaulttimeout, socket, socket_with, socketpair,
     socketpair_with,
 };
 pub use timeout::Timeout;

@@ -275,10 +275,10 @@ pub(crate) fn set_descriptor_flags(fd: RawFd, flags: i32) -> i32 {
     result(unsafe { libc::fcntl(fd, libc::F_SETFD, flags) })
 }
 
-/// Closes a descriptor the caller owns. The result is of no use: on Linux the number is free whatever close(2) says.
-pub(crate) fn close(fd: RawFd) {
+/// Closes a descriptor the caller owns. On Linux the number is free whatever close(2) says.
+pub(crate) fn close(fd: RawFd) -> i32 {
     // SAFETY: the caller owns `fd` and gives it up; no memory is passed.
-    unsafe { libc::close(fd) };
+    result(unsafe { libc::close(fd) })
 }
 
 /// Reads an option into `value`: the number of bytes the kernel wrote.
@@ -394,6 +394,31 @@ pub(crate) fn ring_eventfd(fd: RawFd) {
     unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) };
 }
 
+/// An epoll instance.
+pub(crate) fn epoll() -> Result<OwnedFd> {
+    // SAFETY: no memory is passed.
+    let fd = check(result(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) }))?;
+    Ok(own(fd))
+}
+
+/// Has the epoll instance report once, with `token`, that `fd` can be written or has an error.
+pub(crate) fn epoll_add(epoll: RawFd, fd: RawFd, token: usize) -> i32 {
+    let mut event = libc::epoll_event {
+        events: (libc::EPOLLOUT | libc::EPOLLONESHOT) as u32,
+        u64: token as u64,
+    };
+    // SAFETY: the event is read during the call.
+    result(unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &mut event) })
+}
+
+/// The token of a descriptor that the epoll instance has to report, if there is one. It does not wait.
+pub(crate) fn epoll_next(epoll: RawFd) -> Option<usize> {
+    let mut event = libc::epoll_event { events: 0, u64: 0 };
+    // SAFETY: there is room for the one event that is asked for.
+    let count = unsafe { libc::epoll_wait(epoll, &mut event, 1, 0) };
+    (count == 1).then_some(event.u64 as usize)
+}
+
 /// The monotonic clock in nanoseconds.
 pub(crate) fn monotonic_ns() -> i64 {
     let mut time = MaybeUninit::<libc::timespec>::uninit();
@@ -405,8 +430,19 @@ pub(crate) fn monotonic_ns() -> i64 {
     time.tv_sec as i64 * 1_000_000_000 + time.tv_nsec as i64
 }
 
+/// The resources whose limits are looked at. Their numbers have a type of their own in each C library.
+#[derive(Clone, Copy)]
+pub(crate) enum Resource {
+    OpenFiles,
+    LockedMemory,
+}
+
 /// A resource limit as (soft, hard).
-pub(crate) fn rlimit(resource: libc::__rlimit_resource_t) -> Option<(u64, u64)> {
+pub(crate) fn rlimit(resource: Resource) -> Option<(u64, u64)> {
+    let resource = match resource {
+        Resource::OpenFiles => libc::RLIMIT_NOFILE,
+        Resource::LockedMemory => libc::RLIMIT_MEMLOCK,
+    };
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
@@ -418,7 +454,7 @@ pub(crate) fn rlimit(resource: libc::__rlimit_resource_t) -> Option<(u64, u64)> 
 
 /// Raises the soft limit of open descriptors to the hard one: (before, after).
 pub(crate) fn raise_nofile() -> Option<(u64, u64)> {
-    let (soft, hard) = rlimit(libc::RLIMIT_NOFILE)?;
+    let (soft, hard) = rlimit(Resource::OpenFiles)?;
     let limit = libc::rlimit {
         rlim_cur: hard,
         rlim_max: hard,

@@ -118,7 +118,7 @@ fn connect_ex_answers_with_the_errno() {
             assert_eq!(client.connect_ex(&address).unwrap(), 9, "closed");
             // What has no errno is an error still, closed or not.
             assert!(matches!(client.connect_ex("/tmp/x"), Err(Error::Type(_))));
-            let named = client.connect_ex(("no number", 1));
+            let named = client.connect_ex(("::1", 1));
             assert!(matches!(named, Err(Error::Gaierror { .. })));
         }
         let unix = Socket::new(AF_UNIX, SOCK_STREAM, 0).unwrap();
@@ -229,6 +229,7 @@ fn create_connection_keeps_pythons_rules() {
             timeout: Some(LONG.into()),
             source_address: Some(&("127.0.0.3", 0)),
             all_errors: true,
+            ..Default::default()
         };
         let client = create_connection_with(&address, options).unwrap();
         assert_eq!(client.gettimeout(), Some(LONG));

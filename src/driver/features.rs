@@ -160,7 +160,7 @@ pub(crate) fn setup_error(errno: i32) -> Error {
             .to_owned(),
         libc::ENOMEM => no_memory(locked_memory_limit()),
         libc::EMFILE | libc::ENFILE => {
-            let limit = sys::rlimit(libc::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+            let limit = sys::rlimit(sys::Resource::OpenFiles).map_or(0, |(soft, _)| soft);
             format!(
                 "no free file descriptor for a ring (RLIMIT_NOFILE, {limit} now): close some, or raise the limit with \
                  `ulimit -n`"
@@ -225,7 +225,7 @@ fn shrink(mut config: Config, bytes_max: u64) -> Config {
 /// RLIMIT_MEMLOCK in bytes; `None` where it does not hold for this process.
 fn locked_memory_limit() -> Option<u64> {
     const CAP_IPC_LOCK: u32 = 14;
-    let (bytes, _) = sys::rlimit(libc::RLIMIT_MEMLOCK)?;
+    let (bytes, _) = sys::rlimit(sys::Resource::LockedMemory)?;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status
         .lines()

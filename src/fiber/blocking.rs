@@ -1,6 +1,6 @@
 //! Threads for calls that block whatever runs them: files, name lookups, long computations, other people's libraries.
 //!
-//! One pool serves the process. Its queue is a [`channel`], which gives a job straight to a thread that waits for one: a job left in
+//! One pool serves the process's calls, another one its name lookups ([`Settings`]). A pool's queue is a [`channel`], which gives a job straight to a thread that waits for one: a job left in
 //! the buffer found all threads busy, and starts another up to the limit. A thread that waits too long for a job ends. The threads
 //! are detached: nothing waits for them when the process ends.
 //!
@@ -28,16 +28,50 @@ use crate::error::{Error, Result};
 use crate::log::log;
 use crate::sys;
 
-/// How many threads the pool may have, if not said.
-const THREADS_MAX: usize = 64;
-
 /// How many calls may wait for a thread.
 const JOBS_MAX: usize = 1024;
 
 /// How long a thread waits for another call.
 const IDLE: Duration = Duration::from_secs(10);
 
-static LIMIT: AtomicUsize = AtomicUsize::new(THREADS_MAX);
+/// What tells one pool of the process from another, and where it is.
+pub(crate) struct Settings {
+    thread_name: &'static str,
+    threads_max: AtomicUsize,
+    when_full: WhenFull,
+    current: AtomicPtr<Pool>,
+}
+
+/// What becomes of a call when the queue is full.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum WhenFull {
+    /// Its caller waits.
+    Wait,
+    /// It fails with EAGAIN.
+    Refuse,
+}
+
+impl Settings {
+    pub(crate) const fn new(
+        thread_name: &'static str,
+        threads_max: usize,
+        when_full: WhenFull,
+    ) -> Settings {
+        Settings {
+            thread_name,
+            threads_max: AtomicUsize::new(threads_max),
+            when_full,
+            current: AtomicPtr::new(ptr::null_mut()),
+        }
+    }
+
+    pub(crate) fn set_threads_max(&self, threads: usize) {
+        self.threads_max.store(threads.max(1), Ordering::Relaxed);
+    }
+}
+
+/// The pool of [`spawn_blocking`].
+static CALLS: Settings = Settings::new("ringsock-blocking", 64, WhenFull::Wait);
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -46,6 +80,7 @@ type Outcome<T> = std::result::Result<T, Box<dyn Any + Send>>;
 
 /// The pool of one process. It is never freed: its threads may outlive everything else.
 struct Pool {
+    settings: &'static Settings,
     jobs: (Sender<Job>, Receiver<Job>),
     threads: Mutex<usize>,
     epoch: u32,
@@ -53,11 +88,11 @@ struct Pool {
 
 impl Pool {
     /// The pool of this process, rather than of the parent that forked it. Without a lock, which the parent could have held.
-    fn current() -> &'static Pool {
-        static CURRENT: AtomicPtr<Pool> = AtomicPtr::new(ptr::null_mut());
+    fn current(settings: &'static Settings) -> &'static Pool {
+        let current = &settings.current;
         let epoch = sys::fork_epoch();
         loop {
-            let known = CURRENT.load(Ordering::Acquire);
+            let known = current.load(Ordering::Acquire);
             // SAFETY: null, or a pool stored below, which is never freed.
             if let Some(pool) = unsafe { known.as_ref() }
                 && pool.epoch == epoch
@@ -65,11 +100,12 @@ impl Pool {
                 return pool;
             }
             let pool = Box::into_raw(Box::new(Pool {
+                settings,
                 jobs: channel(JOBS_MAX),
                 threads: Mutex::new(0),
                 epoch,
             }));
-            let stored = CURRENT.compare_exchange(known, pool, Ordering::AcqRel, Ordering::Relaxed);
+            let stored = current.compare_exchange(known, pool, Ordering::AcqRel, Ordering::Relaxed);
             if stored.is_err() {
                 // SAFETY: made above, and seen by nobody else.
                 drop(unsafe { Box::from_raw(pool) });
@@ -83,13 +119,19 @@ impl Pool {
 
     fn run(&'static self, job: Job) -> Result<()> {
         let (jobs, waiting) = &self.jobs;
-        jobs.send(job)?;
+        match self.settings.when_full {
+            WhenFull::Wait => jobs.send(job)?,
+            WhenFull::Refuse => jobs
+                .try_send(job)
+                .map_err(|_| Error::from_errno(libc::EAGAIN))?,
+        }
         let mut threads = self.threads();
-        if waiting.is_pending() || *threads >= LIMIT.load(Ordering::Relaxed) {
+        let threads_max = self.settings.threads_max.load(Ordering::Relaxed);
+        if waiting.is_pending() || *threads >= threads_max {
             return Ok(());
         }
         let started = thread::Builder::new()
-            .name("ringsock-blocking".into())
+            .name(self.settings.thread_name.into())
             .spawn(|| self.work());
         match started {
             Ok(_) => *threads += 1,
@@ -155,8 +197,17 @@ where
     F: FnOnce() -> T + Send + 'static,
     T: Send + 'static,
 {
+    spawn_on(&CALLS, call)
+}
+
+/// [`spawn_blocking`] on the pool of these settings.
+pub(crate) fn spawn_on<F, T>(settings: &'static Settings, call: F) -> Result<BlockingHandle<T>>
+where
+    F: FnOnce() -> T + Send + 'static,
+    T: Send + 'static,
+{
     let (sender, outcome) = channel::<Outcome<T>>(1);
-    let pool = Pool::current();
+    let pool = Pool::current(settings);
     pool.run(Box::new(move || {
         let outcome = catch_unwind(AssertUnwindSafe(call));
         // Dropping a result nobody wants may panic as well; that must not end the thread.
@@ -182,7 +233,7 @@ where
 /// ringsock::set_blocking_threads(8);
 /// ```
 pub fn set_blocking_threads(threads: usize) {
-    LIMIT.store(threads.max(1), Ordering::Relaxed);
+    CALLS.set_threads_max(threads);
 }
 
 #[cold]

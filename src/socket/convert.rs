@@ -18,8 +18,9 @@ use crate::sys;
 impl Socket {
     /// A socket object around a descriptor, which it owns from now on. The kernel says of what family, type and protocol it is.
     ///
-    /// The object is in blocking mode, as Python's. `O_NONBLOCK` stays as it is; where it is set, calls of this object wait all
-    /// the same (Python's would fail with `EAGAIN`). `settimeout` makes both agree.
+    /// The object is in blocking mode, as Python's, or has the timeout of [`setdefaulttimeout`](crate::setdefaulttimeout). In
+    /// blocking mode `O_NONBLOCK` stays as it is; where it is set, calls of this object wait all the same (Python's would fail
+    /// with `EAGAIN`). `settimeout` makes both agree.
     ///
     /// # Errors
     ///
@@ -104,10 +105,10 @@ impl Socket {
     /// ```
     pub fn dup(&self) -> Result<Socket> {
         let fd = self.duplicate_fd()?;
-        let socket = Socket::adopt(fd, self.0.family, self.0.kind, self.0.proto)?;
         let timeout_ns = self.timeout_ns();
+        let (family, kind, proto) = (self.0.family, self.0.kind, self.0.proto);
+        let socket = Socket::adopt_as(fd, family, kind, proto, timeout_ns)?;
         let has_option_timeouts = self.0.has_option_timeouts.load(Ordering::SeqCst);
-        socket.0.timeout_ns.store(timeout_ns, Ordering::SeqCst);
         let known = &socket.0.has_option_timeouts;
         known.store(has_option_timeouts, Ordering::SeqCst);
         Ok(socket)
@@ -222,7 +223,7 @@ impl Socket {
         })
     }
 
-    /// A socket of std as a socket object: non-blocking mode where `O_NONBLOCK` says so, else blocking mode.
+    /// A socket of std as a socket object: non-blocking mode where `O_NONBLOCK` says so, else the mode of new sockets.
     fn from_std(fd: OwnedFd) -> Result<Socket> {
         let nonblocking = sys::check(sys::status_flags(fd.as_raw_fd()))? & libc::O_NONBLOCK != 0;
         let socket = Socket::from_fd(fd)?;
@@ -285,7 +286,7 @@ impl TryFrom<Socket> for OwnedFd {
 /// Conversions from and into a socket of std. They can fail, as [`Socket::from_fd`] and [`Socket::detach`] can.
 macro_rules! std_socket {
     ($name:ident, $families:expr, $kind:expr, $listens:expr) => {
-        /// In non-blocking mode if the socket was, else in blocking mode; a read or write timeout stays in force (`EAGAIN`).
+        /// In non-blocking mode if the socket was, else in that of a new socket; a read or write timeout stays in force (`EAGAIN`).
         impl TryFrom<$name> for Socket {
             type Error = Error;
 

@@ -1,12 +1,18 @@
 //! Connected and listening sockets in one call: create_connection and create_server.
 
-use super::Socket;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use super::{BLOCKING, NON_BLOCKING, Socket};
 use crate::address::{Address, ToAddress, UnixAddr};
 use crate::constants::{
-    AF_INET, AF_INET6, AF_UNSPEC, EAI_NONAME, Family, IPPROTO_IPV6, IPPROTO_TCP, IPV6_V6ONLY,
-    SO_REUSEADDR, SO_REUSEPORT, SOCK_STREAM, SOL_SOCKET, SOMAXCONN,
+    AF_INET, AF_INET6, Family, IPPROTO_IPV6, IPPROTO_TCP, IPV6_V6ONLY, SO_REUSEADDR, SO_REUSEPORT,
+    SOCK_STREAM, SOL_SOCKET, SOMAXCONN,
 };
+use crate::driver::Op;
 use crate::error::{Error, Result};
+use crate::fiber::{self, error_from_outcome, outcome};
+use crate::sys;
 use crate::timeout::Timeout;
 
 /// Python's default backlog.
@@ -27,6 +33,10 @@ pub struct CreateConnection<'a> {
     pub source_address: Option<&'a dyn ToAddress>,
     /// Whether a failure tells of all addresses that were tried ([`Error::Group`]), or of the last one only.
     pub all_errors: bool,
+    /// Tries the addresses of a name in a race (Happy Eyeballs): IPv6 and IPv4 in turn, each this much later than the one before, or
+    /// as soon as one has failed; the first to connect wins, and the others are closed. RFC 8305 recommends 250 ms. `None`: one after
+    /// the other, each for as long as it takes. (Python has it in `asyncio`.)
+    pub happy_eyeballs_delay: Option<Duration>,
 }
 
 /// What [`create_server_with`] may be told, by Python's names. The default is that of [`create_server`].
@@ -59,11 +69,13 @@ impl Default for CreateServer {
     }
 }
 
-/// A TCP connection to an address, in blocking mode. Only numeric hosts so far; any [`Address`] of a family with streams will do.
+/// A TCP connection to a host and port, in blocking mode. Of a name all addresses are tried, one after the other, until one
+/// connects. Any [`Address`] of a family with streams will do, too.
 ///
 /// # Errors
 ///
-/// Those of [`Socket::new`] and [`Socket::connect`], of the last address that was tried. `Gaierror`: not a numeric host.
+/// Those of [`Socket::new`] and [`Socket::connect`], of the last address that was tried. Those of
+/// [`getaddrinfo`](crate::getaddrinfo), where the host is a name.
 ///
 /// # Source
 ///
@@ -81,7 +93,8 @@ pub fn create_connection(address: impl ToAddress) -> Result<Socket> {
 
 /// [`create_connection`] with a timeout, a source address, and a say in which errors are told.
 ///
-/// A socket that did not connect is closed before the call returns, so a timeout leaves nothing behind.
+/// A socket that did not connect is closed before the call returns, so a timeout leaves nothing behind. The timeout is that of
+/// each attempt: the lookup of a name takes the time it takes, as in Python. To bound it all, use [`timeout`](crate::timeout).
 ///
 /// # Errors
 ///
@@ -90,7 +103,7 @@ pub fn create_connection(address: impl ToAddress) -> Result<Socket> {
 ///
 /// # Source
 ///
-/// Python `socket.create_connection(address, timeout, source_address, all_errors=…)`.
+/// Python `socket.create_connection(address, timeout, source_address, all_errors=…)`; RFC 8305, `asyncio`'s `happy_eyeballs_delay`.
 ///
 /// ```
 /// use ringsock::CreateConnection;
@@ -109,15 +122,12 @@ pub fn create_connection_with(
     address: impl ToAddress,
     options: CreateConnection<'_>,
 ) -> Result<Socket> {
-    connect_first(&addresses(&address)?, options)
-}
-
-/// The addresses to try, in order. One so far: a numeric host means itself.
-fn addresses(address: &impl ToAddress) -> Result<Vec<Address>> {
-    match address.to_address(AF_UNSPEC) {
-        // The empty host is no wildcard where it is to be connected to.
-        Err(Error::Message(_)) => Err(Error::Gaierror { code: EAI_NONAME }),
-        address => Ok(vec![address?]),
+    let addresses = address.to_stream_addresses()?;
+    match options.happy_eyeballs_delay {
+        Some(delay) if addresses.len() > 1 => {
+            connect_racing(&interleaved(addresses), options, delay)
+        }
+        _ => connect_first(&addresses, options),
     }
 }
 
@@ -126,25 +136,42 @@ fn connect_first(addresses: &[Address], options: CreateConnection<'_>) -> Result
     let mut errors = Vec::new();
     for address in addresses {
         match connect(address, options) {
-            Err(
-                error @ (Error::Os { .. }
-                | Error::Message(_)
-                | Error::Timeout
-                | Error::Gaierror { .. }
-                | Error::Herror { .. }),
-            ) => errors.push(error),
+            Err(error) if is_of_address(&error) => errors.push(error),
             connected_or_hopeless => return connected_or_hopeless,
         }
     }
+    Err(failure(errors, options))
+}
+
+/// Whether another address may do better: Python's OSError.
+fn is_of_address(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Os { .. }
+            | Error::Message(_)
+            | Error::Timeout
+            | Error::Gaierror { .. }
+            | Error::Herror { .. }
+    )
+}
+
+/// What the errors of all addresses come to.
+fn failure(mut errors: Vec<Error>, options: CreateConnection<'_>) -> Error {
     if options.all_errors && !errors.is_empty() {
-        return Err(Error::Group(Box::new(errors)));
+        return Error::Group(Box::new(errors));
     }
     let none = "getaddrinfo returns an empty list";
-    Err(errors.pop().unwrap_or(Error::Message(none.into())))
+    errors.pop().unwrap_or(Error::Message(none.into()))
 }
 
 fn connect(address: &Address, options: CreateConnection<'_>) -> Result<Socket> {
-    let family = address.family();
+    let socket = unconnected(address.family(), options)?;
+    socket.connect(address)?;
+    Ok(socket)
+}
+
+/// A socket as the options want it.
+fn unconnected(family: Family, options: CreateConnection<'_>) -> Result<Socket> {
     // What getaddrinfo says of streams, and with it Python's `proto`.
     let proto = match family {
         AF_INET | AF_INET6 => IPPROTO_TCP,
@@ -157,8 +184,124 @@ fn connect(address: &Address, options: CreateConnection<'_>) -> Result<Socket> {
     if let Some(source) = options.source_address {
         socket.bind(source)?;
     }
-    socket.connect(address)?;
     Ok(socket)
+}
+
+/// RFC 8305: a connection to the address that answers first. The next address is tried when `delay` has passed since the last
+/// one was, or at once when an attempt has failed. Attempts under way go on, all watched by one epoll instance.
+fn connect_racing(
+    addresses: &[Address],
+    options: CreateConnection<'_>,
+    delay: Duration,
+) -> Result<Socket> {
+    let delay_ns = i64::try_from(delay.as_nanos()).unwrap_or(i64::MAX);
+    let epoll = sys::epoll()?;
+    // One of each per address that was tried: the socket and its deadline while it is under way, then its error.
+    let mut attempts: Vec<Option<(Socket, i64)>> = Vec::new();
+    let mut errors: Vec<Option<Error>> = Vec::new();
+    let mut start_at_ns = i64::MIN;
+    loop {
+        let now_ns = fiber::now_ns();
+        for (attempt, error) in attempts.iter_mut().zip(&mut errors) {
+            if attempt
+                .take_if(|(_, deadline_ns)| *deadline_ns <= now_ns)
+                .is_some()
+            {
+                *error = Some(Error::Timeout);
+                start_at_ns = i64::MIN;
+            }
+        }
+        let index = attempts.len();
+        if index < addresses.len() && start_at_ns <= now_ns {
+            match begin(&addresses[index], options) {
+                Ok((socket, true)) => return connected(socket),
+                Ok((socket, false)) => {
+                    sys::check(sys::epoll_add(epoll.as_raw_fd(), socket.0.fd, index))?;
+                    let deadline_ns = match socket.timeout_ns() {
+                        timeout_ns if timeout_ns > 0 => now_ns.saturating_add(timeout_ns),
+                        _ => i64::MAX,
+                    };
+                    attempts.push(Some((socket, deadline_ns)));
+                    errors.push(None);
+                    start_at_ns = now_ns.saturating_add(delay_ns);
+                }
+                Err(error) if is_of_address(&error) => {
+                    attempts.push(None);
+                    errors.push(Some(error));
+                }
+                Err(hopeless) => return Err(hopeless),
+            }
+            continue;
+        }
+        let deadlines = attempts.iter().flatten().map(|&(_, deadline)| deadline);
+        let Some(mut wake_at_ns) = deadlines.min() else {
+            return Err(failure(errors.into_iter().flatten().collect(), options));
+        };
+        if index < addresses.len() {
+            wake_at_ns = wake_at_ns.min(start_at_ns);
+        }
+        let limit_ns = match wake_at_ns {
+            i64::MAX => BLOCKING,
+            _ => wake_at_ns - now_ns,
+        };
+        let mut ready = Op::Poll {
+            fd: epoll.as_raw_fd(),
+            events: libc::POLLIN,
+        };
+        match fiber::suspend(&mut ready, limit_ns, None) {
+            // Else an enclosing `timeout` came first.
+            outcome::TIMED_OUT if fiber::now_ns() >= wake_at_ns => {}
+            code if code < 0 => return Err(error_from_outcome(code)),
+            _ => {}
+        }
+        while let Some(index) = sys::epoll_next(epoll.as_raw_fd()) {
+            // Without one, it was given up just now.
+            let Some((socket, _)) = attempts[index].take() else {
+                continue;
+            };
+            match sys::check(sys::connect_outcome(socket.0.fd)) {
+                Ok(_) => return connected(socket),
+                Err(error) => errors[index] = Some(error),
+            }
+            start_at_ns = i64::MIN;
+        }
+    }
+}
+
+/// A connection that is under way, or (true) there already.
+fn begin(address: &Address, options: CreateConnection<'_>) -> Result<(Socket, bool)> {
+    let socket = unconnected(address.family(), options)?;
+    let address = address.encode()?;
+    sys::check(sys::set_nonblocking(socket.0.fd, true))?;
+    match sys::connect(socket.0.fd, &address) {
+        code if code == -libc::EINPROGRESS && socket.timeout_ns() != NON_BLOCKING => {
+            Ok((socket, false))
+        }
+        code => sys::check(code).map(|_| (socket, true)),
+    }
+}
+
+/// The winner, with `O_NONBLOCK` as its timeout wants it.
+fn connected(socket: Socket) -> Result<Socket> {
+    let nonblocking = socket.timeout_ns() != BLOCKING;
+    sys::check(sys::set_nonblocking(socket.0.fd, nonblocking))?;
+    Ok(socket)
+}
+
+/// The addresses with the families in turn, the first one's first.
+fn interleaved(addresses: Vec<Address>) -> Vec<Address> {
+    let first_family = addresses.first().map(Address::family);
+    let (first, others): (Vec<_>, Vec<_>) = addresses
+        .into_iter()
+        .partition(|address| Some(address.family()) == first_family);
+    let mut others = others.into_iter();
+    let mut in_turn = Vec::new();
+    for address in first {
+        in_turn.push(address);
+        in_turn.extend(others.next());
+    }
+    in_turn.extend(others);
+    in_turn
 }
 
 /// A listening TCP socket over IPv4, with `SO_REUSEADDR` and a backlog of 128.
@@ -281,6 +424,8 @@ pub fn has_dualstack_ipv6() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
+    use std::time::Instant;
 
     fn refusing() -> (Socket, Address) {
         let bound = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
@@ -333,5 +478,113 @@ mod tests {
         };
         let error = connect_first(&[refusing.clone(), refusing], options);
         assert!(matches!(error, Err(Error::Value(_))));
+    }
+
+    // Races.
+
+    const DELAY: Duration = Duration::from_millis(100);
+
+    fn racing() -> CreateConnection<'static> {
+        CreateConnection {
+            all_errors: true,
+            ..Default::default()
+        }
+    }
+
+    /// An address that answers nothing: a listener whose backlog is full. The sockets keep it so.
+    fn silent() -> (Vec<Socket>, Address) {
+        let listener = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
+        listener.bind(("127.0.0.1", 0)).unwrap();
+        listener.listen(0).unwrap();
+        let address = listener.getsockname().unwrap();
+        let mut sockets = vec![listener];
+        // The backlog holds one more than said.
+        for _ in 0..2 {
+            let filler = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
+            filler.setblocking(false).unwrap();
+            assert_eq!(filler.connect_ex(&address).unwrap(), libc::EINPROGRESS);
+            sockets.push(filler);
+        }
+        (sockets, address)
+    }
+
+    fn on_both(test: fn()) {
+        test();
+        crate::run(test);
+    }
+
+    #[test]
+    fn a_race_goes_past_an_address_that_is_silent() {
+        on_both(|| {
+            let (_sockets, silent) = silent();
+            let server = create_server(("127.0.0.1", 0)).unwrap();
+            let address = server.getsockname().unwrap();
+            let start = Instant::now();
+            let order = [silent.clone(), address.clone(), silent];
+            let socket = crate::timeout(30, || connect_racing(&order, racing(), DELAY)).unwrap();
+            assert!(start.elapsed() >= DELAY);
+            assert!(start.elapsed() < Duration::from_secs(30));
+            assert_eq!(socket.getpeername().unwrap(), address);
+            assert_eq!(socket.gettimeout(), None);
+            let flags = sys::check(sys::status_flags(socket.fileno())).unwrap();
+            assert_eq!(flags & libc::O_NONBLOCK, 0);
+        });
+    }
+
+    #[test]
+    fn a_race_does_not_wait_after_a_failure() {
+        on_both(|| {
+            let (_bound, refusing) = refusing();
+            let server = create_server(("127.0.0.1", 0)).unwrap();
+            let address = server.getsockname().unwrap();
+            let hour = Duration::from_secs(3600);
+            let order = [refusing.clone(), refusing, address.clone()];
+            let socket = crate::timeout(30, || connect_racing(&order, racing(), hour)).unwrap();
+            assert_eq!(socket.getpeername().unwrap(), address);
+        });
+    }
+
+    #[test]
+    fn a_lost_race_tells_what_each_address_said() {
+        on_both(|| {
+            let (_sockets, silent) = silent();
+            let (_bound, refusing) = refusing();
+            let options = CreateConnection {
+                timeout: Some(0.3.into()),
+                ..racing()
+            };
+            let order = [silent.clone(), refusing, silent];
+            let start = Instant::now();
+            let lost = crate::timeout(30, || connect_racing(&order, options, DELAY));
+            let Err(Error::Group(errors)) = lost else {
+                panic!("not a group");
+            };
+            let refused = Error::from_errno(libc::ECONNREFUSED);
+            assert_eq!(*errors, [Error::Timeout, refused, Error::Timeout]);
+            // Side by side: the last began 100 ms after the first.
+            assert!(start.elapsed() >= Duration::from_millis(399));
+            assert!(start.elapsed() < Duration::from_secs(30));
+        });
+    }
+
+    #[test]
+    fn a_timeout_around_a_race_ends_it() {
+        on_both(|| {
+            let (_sockets, silent) = silent();
+            let order = [silent.clone(), silent];
+            let result = crate::timeout(0.2, || connect_racing(&order, racing(), DELAY));
+            assert_eq!(result.unwrap_err(), Error::Timeout);
+        });
+    }
+
+    #[test]
+    fn families_take_turns_in_a_race() {
+        let addresses = ["[::1]:1", "[::2]:1", "[::3]:1", "1.1.1.1:1", "2.2.2.2:1"];
+        let parsed = addresses.map(|text| Address::from(text.parse::<SocketAddr>().unwrap()));
+        let in_turn = interleaved(parsed.to_vec());
+        let shown: Vec<_> = in_turn.iter().map(Address::to_string).collect();
+        let expected = ["[::1]:1", "1.1.1.1:1", "[::2]:1", "2.2.2.2:1", "[::3]:1"];
+        assert_eq!(shown, expected);
+        assert!(interleaved(Vec::new()).is_empty());
     }
 }

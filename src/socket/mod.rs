@@ -30,6 +30,7 @@
 mod convert;
 mod create;
 mod datagram;
+mod module;
 mod options;
 
 use std::fmt;
@@ -54,6 +55,9 @@ pub use create::{
     CreateConnection, CreateServer, create_connection, create_connection_with, create_server,
     create_server_with, has_dualstack_ipv6,
 };
+pub use module::{
+    SocketType, close, dup, fromfd, getdefaulttimeout, setdefaulttimeout, socket, socket_with,
+};
 pub use options::{Keepalive, OptionValue};
 
 /// `timeout_ns` of a socket in blocking mode.
@@ -63,6 +67,9 @@ const NON_BLOCKING: i64 = 0;
 /// `timeout_ns` of a socket in blocking mode that has SO_RCVTIMEO or SO_SNDTIMEO. Of all timeouts, this and `NON_BLOCKING` are
 /// the ones without a bit below the sign.
 const BY_OPTION: i64 = i64::MIN;
+
+/// `timeout_ns` of new sockets.
+static DEFAULT_TIMEOUT_NS: AtomicI64 = AtomicI64::new(BLOCKING);
 
 /// Receive flags with which the kernel never waits: the error queue and urgent data are there or not. (On a ring it would.)
 const FLAGS_THAT_NEVER_WAIT: i32 = libc::MSG_DONTWAIT | libc::MSG_ERRQUEUE | libc::MSG_OOB;
@@ -81,7 +88,8 @@ const FLAGS_THAT_WRITE: i32 =
 ///
 /// # Modes
 ///
-/// [`settimeout`](Socket::settimeout) chooses: `None` waits for ever (the default), more than 0 waits that many seconds and then
+/// [`settimeout`](Socket::settimeout) chooses: `None` waits for ever (the default, see
+/// [`setdefaulttimeout`](crate::setdefaulttimeout)), more than 0 waits that many seconds and then
 /// fails with [`Error::Timeout`], 0 never waits and fails with `EAGAIN`. A timeout loses nothing: bytes that arrived in time are
 /// returned, a connection that was accepted is returned.
 ///
@@ -232,8 +240,8 @@ fn prepare_uninit(buffer: &mut [MaybeUninit<u8>], flags: MsgFlags) {
 }
 
 impl Socket {
-    /// Creates a socket. It is in blocking mode (non-blocking with `SOCK_NONBLOCK`) and not inherited by programs started
-    /// with `exec`.
+    /// Creates a socket. It is in blocking mode (non-blocking with `SOCK_NONBLOCK`), or has the timeout of
+    /// [`setdefaulttimeout`](crate::setdefaulttimeout), and is not inherited by programs started with `exec`.
     ///
     /// `proto` is usually 0: the family's usual protocol for the type.
     ///
@@ -257,15 +265,28 @@ impl Socket {
         Socket::adopt(fd, family, kind, proto)
     }
 
-    /// A socket object around a new descriptor.
+    /// A socket object around a new descriptor, in the mode of new sockets.
     fn adopt(fd: OwnedFd, family: Family, kind: Kind, proto: i32) -> Result<Socket> {
+        if kind.bits() & SOCK_NONBLOCK.bits() != 0 {
+            return Socket::adopt_as(fd, family, kind, proto, NON_BLOCKING);
+        }
+        let timeout_ns = DEFAULT_TIMEOUT_NS.load(Ordering::Relaxed);
+        if timeout_ns != BLOCKING {
+            sys::check(sys::set_nonblocking(fd.as_raw_fd(), true))?;
+        }
+        Socket::adopt_as(fd, family, kind, proto, timeout_ns)
+    }
+
+    /// A socket object around a descriptor whose `O_NONBLOCK` is as the timeout wants it.
+    fn adopt_as(
+        fd: OwnedFd,
+        family: Family,
+        kind: Kind,
+        proto: i32,
+        timeout_ns: i64,
+    ) -> Result<Socket> {
         // What `close` will need must not depend on a free descriptor then.
         sys::tombstone()?;
-        let timeout_ns = if kind.bits() & SOCK_NONBLOCK.bits() != 0 {
-            NON_BLOCKING
-        } else {
-            BLOCKING
-        };
         Ok(Socket(Arc::new(Inner {
             fd: fd.into_raw_fd(),
             family,
@@ -323,8 +344,9 @@ impl Socket {
         sys::check(sys::listen(self.0.fd, backlog.max(0))).map(drop)
     }
 
-    /// Waits for a connection: the new socket and the peer's address. The new socket is in blocking mode whatever mode this
-    /// one is in, and not inherited by programs started with `exec`.
+    /// Waits for a connection: the new socket and the peer's address. Whatever mode this socket is in, the new one is in
+    /// blocking mode (or has the timeout of [`setdefaulttimeout`](crate::setdefaulttimeout)), and it is not inherited by programs
+    /// started with `exec`.
     ///
     /// # Errors
     ///
