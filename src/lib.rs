@@ -39,8 +39,10 @@ pub use log::set_log_hook;
 pub use metrics::Metrics;
 pub use runtime::{Handle, Runtime, RuntimeBuilder, Server, raise_descriptor_limit, run, serve};
 pub use socket::{
-    CreateConnection, CreateServer, Keepalive, OptionValue, Socket, create_connection,
-    create_connection_with, create_server, create_server_with, has_dualstack_ipv6, socketpair,
+    Afalg, Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, CreateConnection, CreateServer,
+    Credentials, Keepalive, MakeFile, OptionValue, RecvMsg, RecvMsgInto, SendMsg, Socket,
+    SocketFile, create_connection, create_connection_with, create_server, create_server_with,
+    has_dualstack_ipv6, recv_fds, recv_fds_with, send_fds, send_fds_with, socketpair,
     socketpair_with,
 };
 pub use timeout::Timeout;
