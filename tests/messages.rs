@@ -859,10 +859,7 @@ fn messages_that_waited_for_room_arrive_once_and_whole() {
             let (reader, writer) = pipe().unwrap();
             for number in 0..MESSAGES {
                 let header = number.to_ne_bytes();
-                let parts = [
-                    IoSlice::new(&header),
-                    IoSlice::new(&[7; 1000]),
-                ];
+                let parts = [IoSlice::new(&header), IoSlice::new(&[7; 1000])];
                 let to = address.as_ref().map(|address| address as &dyn ToAddress);
                 let sent = send_fds_with(&left, &parts, &[writer.as_fd()], none(), to).unwrap();
                 assert_eq!(sent, 1004);
