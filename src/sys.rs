@@ -241,6 +241,7 @@ impl Incoming {
 
     /// The control data, once the call has succeeded.
     pub(crate) fn control(&self) -> &[u8] {
+        #[allow(clippy::unnecessary_cast, reason = "not a usize on musl")]
         let len = self.control_len.min(self.header.msg_controllen as usize);
         // SAFETY: the vector holds at least `control_len` bytes, all initialised when it was made.
         unsafe { std::slice::from_raw_parts(self.control.as_ptr().cast(), len) }

@@ -348,14 +348,19 @@ fn close_ends_a_sendfile_that_waits_for_room_or_for_its_source() {
     });
 }
 
+/// With room for all of it there is nothing to wait for, and still the others have their turns.
 #[test]
 fn other_fibers_run_beside_a_sendfile() {
     run(|| {
-        let (left, right) = tcp();
-        let sent = 64 << 20;
+        let (left, right) = socketpair().unwrap();
+        let room = left.setsockopt(SOL_SOCKET, libc::SO_SNDBUFFORCE, 64 << 20);
+        if let Err(error) = room {
+            println!("skipped: no right to a large send buffer: {error}");
+            return;
+        }
+        let sent = 16 << 20;
         let source = file(&[]);
         source.set_len(sent).unwrap();
-        let receiving = beside(move || receive_all(&right).len() as u64);
         let sending = spawn(move || left.sendfile(&source, 0, None));
         let mut turns = 0;
         while !sending.is_finished() {
@@ -363,8 +368,8 @@ fn other_fibers_run_beside_a_sendfile() {
             yield_now();
         }
         assert_eq!(sending.join().unwrap().unwrap(), sent);
-        assert_eq!(receiving.join(), sent);
-        assert!(turns >= 32, "{turns} turns only");
+        assert_eq!(receive_all(&right).len() as u64, sent);
+        assert!(turns >= 16, "{turns} turns only");
     });
 }
 

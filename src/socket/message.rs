@@ -729,7 +729,7 @@ fn taken_apart(nbytes: usize, message: &mut Incoming) -> RecvMsgInto {
     RecvMsgInto {
         nbytes,
         ancdata: Items(message.control())
-            .map(|item| item.decode(|fd| sys::own(fd)))
+            .map(|item| item.decode(sys::own))
             .collect(),
         // The kernel reports the flag that we added; Python's callers do not see it.
         flags: MsgFlags::new(message.flags() & !libc::MSG_CMSG_CLOEXEC),
