@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ringsock::prelude::*;
 use ringsock::{
-    Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, Credentials, SendMsg, recv_fds,
+    Afalg, Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, Credentials, SendMsg, recv_fds,
     recv_fds_with, run, send_fds, send_fds_with, socketpair, socketpair_with, spawn, yield_now,
 };
 
@@ -969,5 +969,72 @@ fn mistakes_are_told_by_errno() {
             recv_fds(&left, 1, usize::MAX),
             Err(Error::Overflow(_))
         ));
+    });
+}
+
+/// The vector of RFC 3602, case 1.
+#[test]
+fn the_kernels_cryptography_takes_its_parameters() {
+    on_both(|| {
+        let bytes = |hex: &str| -> Vec<u8> {
+            let digits = hex.as_bytes().chunks(2);
+            let byte = |digits| u8::from_str_radix(str::from_utf8(digits).unwrap(), 16).unwrap();
+            digits.map(byte).collect()
+        };
+        // struct sockaddr_alg behind its family: type, feat, mask, name.
+        let mut data = [0; 86];
+        data[..8].copy_from_slice(b"skcipher");
+        data[22..30].copy_from_slice(b"cbc(aes)");
+        let family = ringsock::Family::new(libc::AF_ALG);
+        let bound = Socket::new(family, SOCK_SEQPACKET, 0).and_then(|algorithm| {
+            let data = data.to_vec();
+            algorithm.bind(Address::Raw { family, data })?;
+            Ok(algorithm)
+        });
+        let algorithm = match bound {
+            Ok(algorithm) => algorithm,
+            Err(error) => {
+                println!("skipped: no AF_ALG with cbc(aes) here: {error}");
+                return;
+            }
+        };
+        let key = bytes("06a9214036b8a15b512e03d534120006");
+        algorithm
+            .setsockopt(libc::SOL_ALG, libc::ALG_SET_KEY, &key[..])
+            .unwrap();
+        let null = std::ptr::null_mut();
+        // SAFETY: no address is asked for; the new descriptor is owned by nobody else.
+        let fd = unsafe {
+            let fd = libc::accept4(algorithm.as_raw_fd(), null, null.cast(), libc::SOCK_CLOEXEC);
+            assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+            <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd)
+        };
+        let cipher = Socket::from_fd(fd).unwrap();
+        let iv = bytes("3dafba429d9eb430b422da802c9fac41");
+        let (plain, encrypted) = (
+            b"Single block msg",
+            bytes("e353779c1079aeb82708942dbe77181a"),
+        );
+        for (op, from, to) in [(1, &plain[..], &encrypted[..]), (0, &encrypted, plain)] {
+            let options = Afalg {
+                op,
+                iv: Some(&iv),
+                ..Default::default()
+            };
+            assert_eq!(
+                cipher
+                    .sendmsg_afalg(&[IoSlice::new(from)], options)
+                    .unwrap(),
+                16
+            );
+            assert_eq!(cipher.recv(16).unwrap(), to);
+        }
+        let short = Afalg {
+            op: 1,
+            iv: Some(&iv[..8]),
+            ..Default::default()
+        };
+        let refused = cipher.sendmsg_afalg(&[IoSlice::new(plain)], short);
+        assert_eq!(errno(refused), Some(libc::EINVAL));
     });
 }

@@ -3,6 +3,10 @@
 //! By sendfile(2) and readiness, not by SPLICE on the ring: the ring gives each SPLICE to a kernel thread, which holds two of them
 //! (file to pipe, pipe to socket) for every 64 KiB, obeys `O_NONBLOCK`, and ends in a signal when it is cancelled. And not in the
 //! blocking pool: a slow reader would hold one of its threads, and close could not end the call.
+//!
+//! Measured on Linux 6.18, 256 MiB from the page cache over TCP on loopback, time of the sending thread: 70 to 85 ms; by reading
+//! and sending 64 KiB each, 104 to 130 ms; by splice(2) through a pipe of 1 MiB, 33 to 68 ms, for two descriptors per call and
+//! bytes that are stranded in the pipe when the call fails. All three take the same 120 ms by the clock.
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 
