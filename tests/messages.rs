@@ -309,6 +309,60 @@ fn descriptors_of_a_cancelled_receive_do_not_leak() {
     });
 }
 
+/// The message has been received, and the fiber is cancelled before it hears of that: by a fiber that woke just before it.
+#[test]
+fn descriptors_of_a_receive_that_completed_before_its_cancel_are_returned() {
+    run(|| {
+        let (left, right) = socketpair_with(AF_UNIX, SOCK_DGRAM, 0).unwrap();
+        let (bell, ear) = socketpair().unwrap();
+        right.settimeout(LONG).unwrap();
+        let (go, turns) = mpsc::channel::<PipeWriter>();
+        let (sent, gone) = mpsc::channel::<()>();
+        let sending = beside(move || {
+            for writer in turns {
+                bell.sendall(b"!").unwrap();
+                send_fds(&left, &[IoSlice::new(b"fd")], &[writer.as_fd()]).unwrap();
+                sent.send(()).unwrap();
+            }
+        });
+        let gone = std::rc::Rc::new(gone);
+        let mut returned = 0;
+        for _ in 0..200 {
+            let (reader, writer) = pipe().unwrap();
+            let receiver = right.clone();
+            let receiving = spawn(move || recv_fds(&receiver, 16, 1));
+            let (go, gone) = (go.clone(), gone.clone());
+            let holding = spawn(move || {
+                for _ in 0..4 {
+                    yield_now();
+                }
+                // Both wait now. It holds the thread until both messages are there.
+                go.send(writer).unwrap();
+                gone.recv().unwrap();
+            });
+            assert_eq!(ear.recv(1).unwrap(), b"!");
+            receiving.cancel();
+            let received = match receiving.join().unwrap() {
+                Ok(received) => {
+                    returned += 1;
+                    received
+                }
+                Err(error) => {
+                    assert_eq!(error, Error::Cancelled);
+                    recv_fds(&right, 16, 1).unwrap()
+                }
+            };
+            assert_eq!(received.1.len(), 1);
+            holding.join().unwrap();
+            drop(received);
+            assert!(ends(&reader));
+        }
+        assert!(returned > 0, "no cancel came late enough");
+        drop(go);
+        sending.join();
+    });
+}
+
 /// Every message is either returned in time or still there afterwards, whole, in order, with its descriptor.
 #[test]
 fn a_deadline_and_a_message_in_a_race_lose_nothing() {
