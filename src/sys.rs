@@ -4,6 +4,8 @@
 //! operation answers alike whether a CQE or a call answered. It knows no sockets as objects and no fibers.
 #![allow(unsafe_code)]
 
+use std::io::{IoSlice, IoSliceMut};
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
@@ -98,46 +100,134 @@ pub(crate) fn sendto(fd: RawFd, buffer: &[u8], flags: i32, address: &SockAddr) -
 
 pub(crate) fn recvmsg(
     fd: RawFd,
-    buffer: &mut [MaybeUninit<u8>],
+    room: &mut Scatter<'_>,
     message: &mut Incoming,
     flags: i32,
 ) -> i32 {
     // SAFETY: the header names memory that is borrowed exclusively, and which the kernel writes during the call only.
-    count(unsafe { libc::recvmsg(fd, message.header(buffer), flags) })
+    count(unsafe { libc::recvmsg(fd, message.header(room), flags) })
 }
 
-/// What recvmsg(2) fills beside the buffer: the address of the sender.
+pub(crate) fn sendmsg(fd: RawFd, message: &Outgoing<'_>, flags: i32) -> i32 {
+    // SAFETY: the header names borrowed memory (see the type), which the kernel reads during the call only.
+    count(unsafe { libc::sendmsg(fd, message.header(), flags) })
+}
+
+/// One piece of memory for the kernel to fill.
+#[derive(Clone, Copy)]
+pub(crate) struct Piece(libc::iovec);
+
+impl Piece {
+    pub(crate) const NONE: Piece = Piece(libc::iovec {
+        iov_base: std::ptr::null_mut(),
+        iov_len: 0,
+    });
+}
+
+/// The memory that one recvmsg(2) fills, piece by piece; borrowed exclusively.
+pub(crate) struct Scatter<'a> {
+    pieces: *mut libc::iovec,
+    count: usize,
+    memory: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> Scatter<'a> {
+    /// One buffer, described in `piece`.
+    pub(crate) fn one(buffer: &'a mut [MaybeUninit<u8>], piece: &'a mut Piece) -> Scatter<'a> {
+        piece.0.iov_base = buffer.as_mut_ptr().cast();
+        piece.0.iov_len = buffer.len().min(TRANSFER_BYTES_MAX);
+        Scatter {
+            pieces: &raw mut piece.0,
+            count: 1,
+            memory: PhantomData,
+        }
+    }
+
+    /// Several buffers. (std promises that an `IoSliceMut` is laid out as an iovec.)
+    pub(crate) fn many(buffers: &'a mut [IoSliceMut<'_>]) -> Scatter<'a> {
+        Scatter {
+            pieces: buffers.as_mut_ptr().cast(),
+            count: buffers.len(),
+            memory: PhantomData,
+        }
+    }
+
+    /// The same memory behind its first `done` bytes, described in `pieces`.
+    pub(crate) fn rest<'b>(&'b mut self, done: usize, pieces: &'b mut Vec<Piece>) -> Scatter<'b> {
+        pieces.clear();
+        let mut skip = done;
+        for index in 0..self.count {
+            // SAFETY: `pieces` points to `count` initialised iovecs, borrowed as long as self.
+            let iovec = unsafe { self.pieces.add(index).read() };
+            let skipped = skip.min(iovec.iov_len);
+            skip -= skipped;
+            pieces.push(Piece(libc::iovec {
+                iov_base: iovec.iov_base.wrapping_byte_add(skipped),
+                iov_len: iovec.iov_len - skipped,
+            }));
+        }
+        Scatter {
+            pieces: pieces.as_mut_ptr().cast(),
+            count: pieces.len(),
+            memory: PhantomData,
+        }
+    }
+}
+
+/// A word of control data: as large as its alignment.
+pub(crate) type ControlWord = u64;
+const _: () = assert!(align_of::<ControlWord>() >= align_of::<libc::cmsghdr>());
+
+/// What recvmsg(2) fills beside the buffers: the address of the sender and control data.
 ///
 /// The header points into this struct, so it is written when the struct is where it will stay for the call.
 pub(crate) struct Incoming {
     header: libc::msghdr,
-    buffer: libc::iovec,
     address: SockAddr,
+    control: Vec<ControlWord>,
+    control_len: usize,
 }
 
 impl Incoming {
+    /// Without room for control data.
     pub(crate) fn new() -> Incoming {
         Incoming {
             // SAFETY: msghdr is pointers and integers, for all of which zero is a value.
             header: unsafe { std::mem::zeroed() },
-            buffer: libc::iovec {
-                iov_base: std::ptr::null_mut(),
-                iov_len: 0,
-            },
             address: SockAddr::empty(),
+            control: Vec::new(),
+            control_len: 0,
         }
     }
 
-    /// The header for a call into `buffer`. Valid until self moves or the buffer's borrow ends.
-    pub(crate) fn header(&mut self, buffer: &mut [MaybeUninit<u8>]) -> *mut libc::msghdr {
-        self.buffer.iov_base = buffer.as_mut_ptr().cast();
-        self.buffer.iov_len = buffer.len().min(TRANSFER_BYTES_MAX);
+    /// With room for `control_len` bytes of control data.
+    pub(crate) fn with_control(control_len: usize) -> Result<Incoming> {
+        let mut incoming = Incoming::new();
+        let words = control_len.div_ceil(size_of::<ControlWord>());
+        incoming
+            .control
+            .try_reserve_exact(words)
+            .map_err(|_| Error::from_errno(libc::ENOMEM))?;
+        incoming.control.resize(words, 0);
+        incoming.control_len = control_len;
+        Ok(incoming)
+    }
+
+    /// The header for a call into `room`. Valid until self moves or the borrow of that memory ends.
+    pub(crate) fn header(&mut self, room: &mut Scatter<'_>) -> *mut libc::msghdr {
         let (storage, len) = self.address.as_mut_parts();
         self.header.msg_name = storage.cast();
-        // SAFETY: `len` points into `self.address`, and says how much room there is.
-        self.header.msg_namelen = unsafe { len.read() };
-        self.header.msg_iov = &raw mut self.buffer;
-        self.header.msg_iovlen = 1;
+        self.header.msg_namelen = SockAddr::empty().len();
+        // SAFETY: `len` points into `self.address`.
+        unsafe { len.write(self.header.msg_namelen) };
+        self.header.msg_iov = room.pieces;
+        self.header.msg_iovlen = room.count as _;
+        self.header.msg_control = match self.control_len {
+            0 => std::ptr::null_mut(),
+            _ => self.control.as_mut_ptr().cast(),
+        };
+        self.header.msg_controllen = self.control_len as _;
+        self.header.msg_flags = 0;
         &raw mut self.header
     }
 
@@ -148,6 +238,108 @@ impl Incoming {
         unsafe { len.write(self.header.msg_namelen) };
         self.address.decode()
     }
+
+    /// The control data, once the call has succeeded.
+    pub(crate) fn control(&self) -> &[u8] {
+        #[allow(clippy::unnecessary_cast, reason = "not a usize on musl")]
+        let len = self.control_len.min(self.header.msg_controllen as usize);
+        // SAFETY: the vector holds at least `control_len` bytes, all initialised when it was made.
+        unsafe { std::slice::from_raw_parts(self.control.as_ptr().cast(), len) }
+    }
+
+    /// What the kernel says of the message, once the call has succeeded: `MSG_TRUNC`, `MSG_CTRUNC`, …
+    pub(crate) fn flags(&self) -> i32 {
+        self.header.msg_flags
+    }
+}
+
+/// What sendmsg(2) reads: the header, and through it borrowed buffers, control data and an address.
+pub(crate) struct Outgoing<'a> {
+    header: libc::msghdr,
+    memory: PhantomData<&'a [u8]>,
+}
+
+impl<'a> Outgoing<'a> {
+    pub(crate) fn new(
+        buffers: &'a [IoSlice<'_>],
+        control: &'a [ControlWord],
+        address: Option<&'a SockAddr>,
+    ) -> Outgoing<'a> {
+        // SAFETY: msghdr is pointers and integers, for all of which zero is a value.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        // std promises that an `IoSlice` is laid out as an iovec. The kernel only reads what the pointers lead to.
+        header.msg_iov = buffers.as_ptr().cast_mut().cast();
+        header.msg_iovlen = buffers.len() as _;
+        if !control.is_empty() {
+            header.msg_control = control.as_ptr().cast_mut().cast();
+            header.msg_controllen = size_of_val(control) as _;
+        }
+        if let Some(address) = address {
+            header.msg_name = address.as_ptr().cast_mut().cast();
+            header.msg_namelen = address.len();
+        }
+        Outgoing {
+            header,
+            memory: PhantomData,
+        }
+    }
+
+    /// The header, whose memory is borrowed as long as self.
+    pub(crate) fn header(&self) -> *const libc::msghdr {
+        &raw const self.header
+    }
+}
+
+/// sendfile(2) of at most `len` bytes from `offset` on. It raises no SIGPIPE: the kernel would, for it takes no flags here.
+pub(crate) fn sendfile(out: RawFd, file: RawFd, offset: i64, len: usize) -> i32 {
+    without_sigpipe(|| {
+        let mut offset: libc::off_t = offset;
+        // SAFETY: `offset` lives through the call; no other memory is passed.
+        count(unsafe { libc::sendfile(out, file, &mut offset, len.min(TRANSFER_BYTES_MAX)) })
+    })
+}
+
+/// Makes a call under which this thread gets no SIGPIPE, whatever the process does about that signal.
+fn without_sigpipe(call: impl FnOnce() -> i32) -> i32 {
+    // SAFETY: all sets are locals that live through the calls and are filled by sigemptyset, pthread_sigmask or sigpending.
+    unsafe {
+        let mut sigpipe: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut sigpipe);
+        libc::sigaddset(&mut sigpipe, libc::SIGPIPE);
+        let mut pending: libc::sigset_t = std::mem::zeroed();
+        libc::sigpending(&mut pending);
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::pthread_sigmask(libc::SIG_BLOCK, &sigpipe, &mut before);
+        let result = call();
+        if result == -libc::EPIPE && libc::sigismember(&pending, libc::SIGPIPE) == 0 {
+            // Ours: taken off before it can be delivered.
+            let now = libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            while libc::sigtimedwait(&sigpipe, std::ptr::null_mut(), &now) < 0
+                && errno() == libc::EINTR
+            {}
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        result
+    }
+}
+
+pub(crate) fn read(fd: RawFd, buffer: &mut [u8]) -> i32 {
+    // SAFETY: the kernel writes at most `len` bytes into the exclusively borrowed buffer, during the call only.
+    count(unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) })
+}
+
+pub(crate) fn pread(fd: RawFd, buffer: &mut [u8], offset: i64) -> i32 {
+    // SAFETY: the kernel writes at most `len` bytes into the exclusively borrowed buffer, during the call only.
+    count(unsafe { libc::pread(fd, buffer.as_mut_ptr().cast(), buffer.len(), offset) })
+}
+
+/// Sets a file's position. What has none (a pipe) keeps having none.
+pub(crate) fn seek(fd: RawFd, position: i64) {
+    // SAFETY: no memory is passed.
+    unsafe { libc::lseek(fd, position, libc::SEEK_SET) };
 }
 
 pub(crate) fn accept4(fd: RawFd, address: &mut SockAddr) -> i32 {

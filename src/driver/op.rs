@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
 
 use crate::address::SockAddr;
-use crate::sys::{self, Incoming};
+use crate::sys::{self, Incoming, Outgoing, Scatter};
 
 /// The most bytes one transfer can move: the kernel's `MAX_RW_COUNT` (`INT_MAX` rounded down to a page). Longer buffers are
 /// cut to it, as `recv(2)` and `send(2)` do.
@@ -54,8 +54,14 @@ pub(crate) enum Op<'a> {
     /// recvmsg(2). The result is the number of bytes, which with `MSG_TRUNC` may be more than there was room for.
     RecvMsg {
         fd: RawFd,
-        buffer: &'a mut [MaybeUninit<u8>],
+        room: Scatter<'a>,
         message: &'a mut Incoming,
+        flags: i32,
+    },
+    /// sendmsg(2). The result is the number of bytes the kernel took.
+    SendMsg {
+        fd: RawFd,
+        message: &'a Outgoing<'a>,
         flags: i32,
     },
     /// accept4(2) with `SOCK_CLOEXEC`. The result is the new descriptor.
@@ -83,10 +89,11 @@ pub(crate) struct OpInfo {
 
 /// One row per opcode that an [`Op`] becomes: what the kernel is asked to have. (A SEND takes an address since 6.1, the oldest
 /// release that is supported at all.)
-pub(crate) const OPS: [OpInfo; 7] = [
+pub(crate) const OPS: [OpInfo; 8] = [
     row("RECV", io_uring::opcode::Recv::CODE, "5.6"),
     row("SEND", io_uring::opcode::Send::CODE, "5.6"),
     row("RECVMSG", io_uring::opcode::RecvMsg::CODE, "5.3"),
+    row("SENDMSG", io_uring::opcode::SendMsg::CODE, "5.3"),
     row("ACCEPT", io_uring::opcode::Accept::CODE, "5.5"),
     row("CONNECT", io_uring::opcode::Connect::CODE, "5.5"),
     row("POLL_ADD", io_uring::opcode::PollAdd::CODE, "5.1"),
@@ -130,10 +137,15 @@ impl Op<'_> {
             ),
             Op::RecvMsg {
                 fd,
-                buffer,
+                room,
                 message,
                 flags,
-            } => sys::recvmsg(*fd, buffer, message, *flags | libc::MSG_DONTWAIT),
+            } => sys::recvmsg(*fd, room, message, *flags | libc::MSG_DONTWAIT),
+            Op::SendMsg { fd, message, flags } => sys::sendmsg(
+                *fd,
+                message,
+                (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+            ),
             Op::Accept { fd, address } => without_waiting(*fd, || sys::accept4(*fd, address)),
             Op::Connect { fd, address } => without_waiting(*fd, || sys::connect(*fd, address)),
             Op::Poll { fd, events } => match sys::poll(*fd, *events, 0) {
@@ -150,9 +162,10 @@ impl Op<'_> {
             Op::Recv { fd, .. } | Op::RecvMsg { fd, .. } | Op::Accept { fd, .. } => {
                 Some((*fd, libc::POLLIN))
             }
-            Op::Send { fd, .. } | Op::SendTo { fd, .. } | Op::Connect { fd, .. } => {
-                Some((*fd, libc::POLLOUT))
-            }
+            Op::Send { fd, .. }
+            | Op::SendTo { fd, .. }
+            | Op::SendMsg { fd, .. }
+            | Op::Connect { fd, .. } => Some((*fd, libc::POLLOUT)),
             Op::Poll { fd, events } => Some((*fd, *events)),
             Op::Sleep { .. } => None,
         }
@@ -161,7 +174,7 @@ impl Op<'_> {
 
 /// Makes a call under `O_NONBLOCK`, which ring operations of others on the same file do not mind.
 #[cold]
-fn without_waiting(fd: RawFd, call: impl FnOnce() -> i32) -> i32 {
+pub(crate) fn without_waiting(fd: RawFd, call: impl FnOnce() -> i32) -> i32 {
     let flags = sys::status_flags(fd);
     if flags < 0 || flags & libc::O_NONBLOCK != 0 {
         return call();

@@ -440,7 +440,7 @@ fn action(op: &mut Op<'_>) -> Action {
         },
         Op::Connect { .. } | Op::Poll { .. } => Action::Ready,
         // The script's peers are streams.
-        Op::SendTo { .. } | Op::RecvMsg { .. } => Action::Ready,
+        Op::SendTo { .. } | Op::SendMsg { .. } | Op::RecvMsg { .. } => Action::Ready,
     }
 }
 

@@ -293,12 +293,17 @@ impl Uring {
             .build(),
             Op::RecvMsg {
                 fd,
-                buffer,
+                room,
                 message,
                 flags,
-            } => opcode::RecvMsg::new(types::Fd(*fd), message.header(buffer))
+            } => opcode::RecvMsg::new(types::Fd(*fd), message.header(room))
                 .flags(*flags as u32)
                 .build(),
+            Op::SendMsg { fd, message, flags } => {
+                opcode::SendMsg::new(types::Fd(*fd), message.header())
+                    .flags((*flags | libc::MSG_NOSIGNAL) as u32)
+                    .build()
+            }
             Op::Accept { fd, address } => {
                 let (storage, len) = address.as_mut_parts();
                 opcode::Accept::new(types::Fd(*fd), storage, len)

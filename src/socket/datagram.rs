@@ -11,7 +11,7 @@ use crate::driver::Op;
 use crate::error::{Error, Result};
 use crate::fiber::inflight::Direction;
 use crate::fiber::{self, error_from_outcome, outcome};
-use crate::sys::{self, Incoming};
+use crate::sys::{self, Incoming, Piece, Scatter};
 
 /// How long a send waits on another descriptor than its own before it looks whether its socket was closed: 0.1 s.
 const STAND_IN_SLICE_NS: i64 = 100_000_000;
@@ -99,15 +99,14 @@ impl Socket {
         self.send_raw(bytes, flags, Some(address))
     }
 
-    /// One send of an AF_UNIX datagram or packet that may wait: by readiness, not as a SEND on the ring.
+    /// One send of an AF_UNIX datagram or packet that may wait: by readiness, not as a SEND or SENDMSG on the ring.
     ///
     /// unix(7) takes the data before it finds the receiver's queue full, and the ring (Linux 6.18 at least) tries again with what
     /// is then left of it: an empty datagram arrives instead, and the call succeeds with 0.
     #[inline(never)]
     pub(super) fn send_when_ready(
         &self,
-        bytes: &[u8],
-        flags: i32,
+        op: &mut Op<'_>,
         to: Option<&SockAddr>,
         timeout_ns: i64,
     ) -> Result<usize> {
@@ -145,7 +144,7 @@ impl Socket {
                 code if code < 0 => return Err(error_from_outcome(code)),
                 _ => {}
             }
-            match (self.send_op(bytes, flags, to).attempt(), to) {
+            match (op.attempt(), to) {
                 (code, Some(address)) if code == -libc::EAGAIN && stand_in.is_none() => {
                     // This socket has room, the receiver has not. Only a socket that is connected to it hears when it has.
                     let connected = sys::socket(AF_UNIX.bits(), self.0.kind.bits(), 0)?;
@@ -289,10 +288,11 @@ impl Socket {
         flags: MsgFlags,
     ) -> Result<(usize, Option<Address>)> {
         let mut message = Incoming::new();
+        let mut piece = Piece::NONE;
         let flags = flags.bits();
         let op = Op::RecvMsg {
             fd: self.0.fd,
-            buffer,
+            room: Scatter::one(buffer, &mut piece),
             message: &mut message,
             flags,
         };

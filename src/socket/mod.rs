@@ -30,8 +30,11 @@
 mod convert;
 mod create;
 mod datagram;
+mod file;
+mod message;
 mod module;
 mod options;
+mod sendfile;
 
 use std::fmt;
 use std::io;
@@ -54,6 +57,11 @@ use crate::timeout::Timeout;
 pub use create::{
     CreateConnection, CreateServer, create_connection, create_connection_with, create_server,
     create_server_with, has_dualstack_ipv6,
+};
+pub use file::{MakeFile, SocketFile};
+pub use message::{
+    Afalg, Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, Credentials, RecvMsg, RecvMsgInto,
+    SendMsg, recv_fds, recv_fds_with, send_fds, send_fds_with,
 };
 pub use module::{
     SocketType, close, dup, fromfd, getdefaulttimeout, setdefaulttimeout, socket, socket_with,
@@ -143,6 +151,8 @@ struct Inner {
     timeout_ns: AtomicI64,
     /// The socket has SO_RCVTIMEO or SO_SNDTIMEO, as far as this object knows.
     has_option_timeouts: AtomicBool,
+    /// The files of `makefile`, and whether `close` waits for the last of them.
+    files: file::Files,
     inflight: InFlight,
 }
 
@@ -294,6 +304,7 @@ impl Socket {
             proto,
             timeout_ns: AtomicI64::new(timeout_ns),
             has_option_timeouts: AtomicBool::new(false),
+            files: file::Files::new(),
             inflight: InFlight::new(),
         })))
     }
@@ -923,11 +934,21 @@ impl Socket {
         to: Option<&SockAddr>,
         timeout_ns: i64,
     ) -> Result<usize> {
+        self.wait_to_send(&mut self.send_op(bytes, flags, to), to, timeout_ns)
+    }
+
+    /// A send that waits, of an operation with the address `to`: the bytes the kernel took.
+    #[inline(always)]
+    fn wait_to_send(
+        &self,
+        op: &mut Op<'_>,
+        to: Option<&SockAddr>,
+        timeout_ns: i64,
+    ) -> Result<usize> {
         if self.0.family == AF_UNIX && self.0.kind != SOCK_STREAM {
-            return self.send_when_ready(bytes, flags, to, timeout_ns);
+            return self.send_when_ready(op, to, timeout_ns);
         }
-        let mut op = self.send_op(bytes, flags, to);
-        match self.wait(&mut op, Direction::Out, timeout_ns) {
+        match self.wait(op, Direction::Out, timeout_ns) {
             sent if sent >= 0 => Ok(sent as usize),
             code => Err(error_from_outcome(code)),
         }
@@ -975,6 +996,8 @@ impl Socket {
     /// from now on do, too. When `close` returns, those calls have ended and the connection's peer has been told (unless a
     /// descriptor made by `dup` or `fork` is still open). Closing again does nothing.
     ///
+    /// While files of [`makefile`](Socket::makefile) are open, the socket is only marked: it is closed with the last of them.
+    ///
     /// The worker whose fibers use the socket is asked to look, so it has to come round: a fiber that holds its thread up until
     /// the closer is done (on a std channel, say) makes both wait for ever.
     ///
@@ -1009,7 +1032,9 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn close(&self) -> Result<()> {
-        self.close_object();
+        if self.0.files.close_socket() {
+            self.close_object();
+        }
         Ok(())
     }
 
@@ -1364,6 +1389,7 @@ impl Socket {
             proto: 0,
             timeout_ns: AtomicI64::new(BLOCKING),
             has_option_timeouts: AtomicBool::new(false),
+            files: file::Files::new(),
             inflight: InFlight::new(),
         }))
     }
@@ -1434,7 +1460,7 @@ impl io::Write for Socket {
 /// Much as Python's repr: descriptor, family, type, protocol and, where there are any, addresses.
 impl fmt::Debug for Socket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let closed = if self.0.inflight.is_closed() {
+        let closed = if self.0.inflight.is_closed() || self.0.files.is_socket_closed() {
             " [closed]"
         } else {
             ""
@@ -1447,7 +1473,7 @@ impl fmt::Debug for Socket {
             self.0.kind,
             self.0.proto
         )?;
-        if closed.is_empty() {
+        if self.fileno() >= 0 {
             if let Ok(address) = self.getsockname() {
                 write!(f, ", laddr={address}")?;
             }
