@@ -20,7 +20,9 @@ mod socket;
 mod sys;
 mod timeout;
 
-pub use address::{Address, ToAddress, UnixAddr};
+pub use address::{
+    Address, AlgAddr, CanAddr, NetlinkAddr, PacketAddr, TipcAddr, ToAddress, UnixAddr, VsockAddr,
+};
 pub use buf::Buf;
 pub use constants::*;
 pub use driver::features::{Feature, Features};
