@@ -41,7 +41,9 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
-use crate::constants::{AF_UNIX, Family, Kind, MsgFlags, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM};
+use crate::constants::{
+    AF_ALG, AF_UNIX, Family, Kind, MsgFlags, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM,
+};
 use crate::driver::Op;
 use crate::driver::op::timespec_from_ns;
 use crate::error::{Error, Result};
@@ -347,7 +349,10 @@ impl Socket {
     /// ```
     pub fn accept(&self) -> Result<(Socket, Address)> {
         let mut address = SockAddr::empty();
-        let fd = if self.timeout_ns() == NON_BLOCKING {
+        let fd = if self.0.family == AF_ALG {
+            // It never waits, and where an address is asked for the kernel refuses: these sockets have none.
+            sys::check(sys::accept4_without_address(self.0.fd))?
+        } else if self.timeout_ns() == NON_BLOCKING {
             sys::check(sys::accept4(self.0.fd, &mut address))?
         } else {
             let op = Op::Accept {
