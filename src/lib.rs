@@ -12,6 +12,10 @@ mod constants;
 mod driver;
 mod error;
 mod fiber;
+/// The examples in the page for Python's users.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/from-python.md")]
+mod from_python {}
 mod log;
 mod metrics;
 mod runtime;
