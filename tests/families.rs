@@ -4,7 +4,7 @@
 mod support;
 
 use std::collections::BTreeSet;
-use std::net::UdpSocket;
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::{fs, io, process};
 
 use ringsock::prelude::*;
@@ -271,5 +271,24 @@ fn vsock_echoes_over_its_loopback() {
         client.sendall(b"Hello, world").unwrap();
         conn.sendall(&conn.recv(1024).unwrap()).unwrap();
         assert_eq!(&client.recv(1024).unwrap()[..], b"Hello, world");
+    });
+}
+
+/// The kernel refuses to accept on AF_ALG where the caller asks for an address. Seen here on a listener that only goes by that
+/// family, so that it needs no AF_ALG: an address asked for would be that of the TCP peer.
+#[test]
+fn accept_on_alg_asks_for_no_address() {
+    checked(|| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let algorithm = Socket::from_fd_with(listener.into(), AF_ALG, SOCK_SEQPACKET, 0).unwrap();
+        let (operation, peer) = algorithm.accept().unwrap();
+        let nothing = Address::Raw {
+            family: AF_ALG,
+            data: Vec::new(),
+        };
+        assert_eq!(peer, nothing);
+        drop(client);
+        assert!(operation.recv(1).unwrap().is_empty());
     });
 }
