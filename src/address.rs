@@ -362,15 +362,15 @@ pub trait ToAddress {
     ///
     /// # Errors
     ///
-    /// None of them has an errno, as in Python, but for an interface that is not there.
+    /// None of them has an errno, as in Python.
     ///
     /// - [`Error::Type`]: the form, or the family of a typed address, does not fit the socket; or
     ///   the host contains NUL.
     /// - [`Error::Gaierror`]: `EAI_ADDRFAMILY` for a numeric host of the other family,
     ///   `EAI_NONAME` for a host that is not numeric or a scope that is no interface.
-    /// - [`Error::Value`]: a type or a name of `AF_ALG` is too long.
-    /// - `ENODEV`: no interface has this name (`AF_PACKET`, `AF_CAN`).
     /// - [`Error::Overflow`]: the flow information of a tuple is above 0xFFFFF.
+    /// - [`Error::Value`]: a type or a name of `AF_ALG` is too long.
+    /// - [`Error::Os`], the exception: `ENODEV`, no interface has this name (`AF_PACKET`, `AF_CAN`).
     /// - [`Error::Message`]: `AF_UNIX path too long`; `address family mismatched` (the broadcast
     ///   address for `AF_INET6`); `bad family` (a host tuple for a family that has no hosts).
     fn to_address(&self, family: Family) -> Result<Address>;
