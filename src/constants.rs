@@ -469,25 +469,14 @@ numbers! {
     }
 }
 
-/// Whether this platform has IPv6: always true on Linux, as Python's constant of this name is.
-///
-/// A function, not a constant: a lower-case constant would turn `let has_ipv6` into a pattern.
-/// Whether a socket can be had is another question, which `socket()` or
+/// Whether this platform has IPv6: always, on Linux. Whether a socket can be had is another question, which `socket()` or
 /// [`has_dualstack_ipv6`](crate::has_dualstack_ipv6) answers.
 ///
 /// # Source
 ///
 /// Python's [`socket.has_ipv6`](https://docs.python.org/3/library/socket.html#socket.has_ipv6).
-///
-/// # Example
-///
-/// ```
-/// assert!(ringsock::has_ipv6());
-/// ```
-#[must_use]
-pub const fn has_ipv6() -> bool {
-    true
-}
+#[allow(non_upper_case_globals, reason = "Python's spelling")]
+pub const has_ipv6: bool = true;
 
 /// `Debug` of the newtypes: the name of the number, then of each flag, joined as C would write
 /// them; what no table row covers is printed as `Family(99)`.

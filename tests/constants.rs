@@ -154,7 +154,7 @@ fn ours() -> BTreeMap<&'static str, i64> {
         .into_iter()
         .map(|(name, (number, _))| (name, number));
     let mut all: BTreeMap<_, _> = typed.chain(plain()).collect();
-    all.insert("has_ipv6", has_ipv6().into());
+    all.insert("has_ipv6", has_ipv6.into());
     all
 }
 
