@@ -27,35 +27,38 @@ fn socket(family: Family, kind: Kind, proto: i32) -> Option<Socket> {
 
 #[test]
 fn a_family_that_the_kernel_lacks_fails_with_its_errno() {
-    let families = [
-        AF_NETLINK,
-        AF_PACKET,
-        AF_VSOCK,
-        AF_TIPC,
-        AF_CAN,
-        AF_ALG,
-        AF_RDS,
-        AF_QIPCRTR,
-        AF_BLUETOOTH,
-        Family::new(99),
-    ];
-    for family in families {
-        for kind in [SOCK_RAW, SOCK_DGRAM, SOCK_STREAM, SOCK_SEQPACKET] {
-            // SAFETY: socket(2) takes three numbers; the descriptor is closed below, once.
-            let fd = unsafe { libc::socket(family.bits(), kind.bits() | libc::SOCK_CLOEXEC, 0) };
-            let expected = match fd {
-                -1 => io::Error::last_os_error().raw_os_error(),
-                // SAFETY: the descriptor is ours and nobody else's.
-                fd => (unsafe { libc::close(fd) } != 0).then_some(0),
-            };
-            let ours = Socket::new(family, kind, 0).err();
-            assert_eq!(
-                ours.and_then(|error| error.errno()),
-                expected,
-                "{family:?} {kind:?}"
-            );
+    checked(|| {
+        let families = [
+            AF_NETLINK,
+            AF_PACKET,
+            AF_VSOCK,
+            AF_TIPC,
+            AF_CAN,
+            AF_ALG,
+            AF_RDS,
+            AF_QIPCRTR,
+            AF_BLUETOOTH,
+            Family::new(99),
+        ];
+        for family in families {
+            for kind in [SOCK_RAW, SOCK_DGRAM, SOCK_STREAM, SOCK_SEQPACKET] {
+                // SAFETY: socket(2) takes three numbers; the descriptor is closed below, once.
+                let fd =
+                    unsafe { libc::socket(family.bits(), kind.bits() | libc::SOCK_CLOEXEC, 0) };
+                let expected = match fd {
+                    -1 => io::Error::last_os_error().raw_os_error(),
+                    // SAFETY: the descriptor is ours and nobody else's.
+                    fd => (unsafe { libc::close(fd) } != 0).then_some(0),
+                };
+                let ours = Socket::new(family, kind, 0).err();
+                assert_eq!(
+                    ours.and_then(|error| error.errno()),
+                    expected,
+                    "{family:?} {kind:?}"
+                );
+            }
         }
-    }
+    });
 }
 
 /// A request of linux/rtnetlink.h: `nlmsghdr` (length 4, type 2, flags 2, sequence 4, port 4), then `rtgenmsg` padded to 4.
@@ -205,45 +208,49 @@ fn a_packet_socket_receives_what_passes() {
 /// The known digest of "abc", from FIPS 180-4.
 #[test]
 fn the_kernel_hashes() {
-    let Some(algorithm) = socket(AF_ALG, SOCK_SEQPACKET, 0) else {
-        return;
-    };
-    if let Err(error) = algorithm.bind(AlgAddr::new("hash", "sha256")) {
-        println!("skipped: the kernel has no sha256: {error}");
-        return;
-    }
-    let (operation, _) = algorithm.accept().unwrap();
-    operation.sendall(b"abc").unwrap();
-    let digest = operation.recv(64).unwrap();
-    let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    assert_eq!(
-        hex,
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    );
+    checked(|| {
+        let Some(algorithm) = socket(AF_ALG, SOCK_SEQPACKET, 0) else {
+            return;
+        };
+        if let Err(error) = algorithm.bind(AlgAddr::new("hash", "sha256")) {
+            println!("skipped: the kernel has no sha256: {error}");
+            return;
+        }
+        let (operation, _) = algorithm.accept().unwrap();
+        operation.sendall(b"abc").unwrap();
+        let digest = operation.recv(64).unwrap();
+        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(
+            hex,
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+    });
 }
 
 /// In 64 bits, as Python sets and gets them; an integer is widened.
 #[test]
 fn options_of_vsock_have_64_bits() {
-    let Some(vsock) = socket(AF_VSOCK, SOCK_STREAM, 0) else {
-        return;
-    };
-    let level = AF_VSOCK.bits();
-    let get = |option| vsock.getsockopt_u64(level, option).unwrap();
-    let huge = 1_u64 << 33;
-    vsock
-        .setsockopt(level, SO_VM_SOCKETS_BUFFER_MAX_SIZE, huge)
-        .unwrap();
-    assert_eq!(get(SO_VM_SOCKETS_BUFFER_MAX_SIZE), huge);
-    vsock
-        .setsockopt(level, SO_VM_SOCKETS_BUFFER_SIZE, 65536)
-        .unwrap();
-    assert_eq!(get(SO_VM_SOCKETS_BUFFER_SIZE), 65536);
-    let short = vsock.getsockopt(level, SO_VM_SOCKETS_BUFFER_SIZE);
-    assert_eq!(short.unwrap_err().errno(), Some(libc::EINVAL));
-    // Other levels keep the integers of their own.
-    assert_eq!(vsock.getsockopt(SOL_SOCKET, SO_TYPE).unwrap(), 1);
-    vsock.set_send_buffer_size(10_000).unwrap();
+    checked(|| {
+        let Some(vsock) = socket(AF_VSOCK, SOCK_STREAM, 0) else {
+            return;
+        };
+        let level = AF_VSOCK.bits();
+        let get = |option| vsock.getsockopt_u64(level, option).unwrap();
+        let huge = 1_u64 << 33;
+        vsock
+            .setsockopt(level, SO_VM_SOCKETS_BUFFER_MAX_SIZE, huge)
+            .unwrap();
+        assert_eq!(get(SO_VM_SOCKETS_BUFFER_MAX_SIZE), huge);
+        vsock
+            .setsockopt(level, SO_VM_SOCKETS_BUFFER_SIZE, 65536)
+            .unwrap();
+        assert_eq!(get(SO_VM_SOCKETS_BUFFER_SIZE), 65536);
+        let short = vsock.getsockopt(level, SO_VM_SOCKETS_BUFFER_SIZE);
+        assert_eq!(short.unwrap_err().errno(), Some(libc::EINVAL));
+        // Other levels keep the integers of their own.
+        assert_eq!(vsock.getsockopt(SOL_SOCKET, SO_TYPE).unwrap(), 1);
+        vsock.set_send_buffer_size(10_000).unwrap();
+    });
 }
 
 #[test]

@@ -4,7 +4,6 @@
 
 mod support;
 
-use std::io::Write;
 use std::process::Command;
 
 use ringsock::prelude::*;
@@ -188,12 +187,11 @@ fn an_address_in_time_wait_is_free_under_so_reuseaddr() {
     server.bind(("127.0.0.1", 0)).unwrap();
     server.listen(1).unwrap();
     let address = server.getsockname().unwrap();
-    let mut client = std::net::TcpStream::connect(address.as_socket_addr().unwrap()).unwrap();
+    let client = std::net::TcpStream::connect(address.as_socket_addr().unwrap()).unwrap();
     let (conn, _) = server.accept().unwrap();
     server.close().unwrap();
     // Who closes first lingers.
     conn.close().unwrap();
-    client.flush().unwrap();
     drop(client);
     let port = format!(":{:04X}", address.port().unwrap());
     eventually("the connection is in TIME_WAIT", || {
