@@ -43,6 +43,13 @@ const _: () = assert!(LEN == 24 + NAME_LEN);
 impl AlgAddr {
     /// Python's `(type, name)`. A pair of strings is no [`ToAddress`]: with it,
     /// `(host, text.parse()?)` could no longer tell that it means a port.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// let address = ringsock::AlgAddr::new("skcipher", "cbc(aes)");
+    /// assert_eq!((address.feat, address.mask), (0, 0));
+    /// ```
     #[must_use]
     pub fn new(r#type: &str, name: &str) -> Self {
         Self {

@@ -50,6 +50,20 @@ impl CanAddr {
     ///
     /// `ENODEV`: no such interface. [`Error::Message`]: `AF_CAN interface name too long` (16 bytes
     /// or more).
+    ///
+    /// # Source
+    ///
+    /// [netdevice(7)](https://man7.org/linux/man-pages/man7/netdevice.7.html) (`SIOCGIFINDEX`), `struct sockaddr_can`.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ringsock::CanAddr;
+    ///
+    /// assert_eq!(CanAddr::raw("")?.interface(), 0);
+    /// assert_eq!(CanAddr::raw("no such name").unwrap_err().errno(), Some(19)); // ENODEV
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn raw(interface: &str) -> Result<Self> {
         let interface = match interface {
             "" => 0,
@@ -69,6 +83,19 @@ impl CanAddr {
     /// # Errors
     ///
     /// As [`raw`](CanAddr::raw).
+    ///
+    /// # Source
+    ///
+    /// [netdevice(7)](https://man7.org/linux/man-pages/man7/netdevice.7.html) (`SIOCGIFINDEX`), `struct sockaddr_can`.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ringsock::CanAddr;
+    ///
+    /// assert_eq!(CanAddr::isotp("", 0x123, 0x321)?.as_isotp(), (0x123, 0x321));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn isotp(interface: &str, rx_addr: u32, tx_addr: u32) -> Result<Self> {
         let mut address = Self::raw(interface)?;
         address.union[..4].copy_from_slice(&rx_addr.to_ne_bytes());
@@ -82,6 +109,20 @@ impl CanAddr {
     /// # Errors
     ///
     /// As [`raw`](CanAddr::raw).
+    ///
+    /// # Source
+    ///
+    /// [netdevice(7)](https://man7.org/linux/man-pages/man7/netdevice.7.html) (`SIOCGIFINDEX`), `struct sockaddr_can`.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ringsock::CanAddr;
+    ///
+    /// let anybody = CanAddr::j1939("", ringsock::J1939_NO_NAME, ringsock::J1939_NO_PGN, 0x20)?;
+    /// assert_eq!(anybody.as_j1939(), (0, 0x40000, 0x20));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     pub fn j1939(interface: &str, name: u64, pgn: u32, addr: u8) -> Result<Self> {
         let mut address = Self::raw(interface)?;
         address.union[..8].copy_from_slice(&name.to_ne_bytes());
@@ -91,12 +132,26 @@ impl CanAddr {
     }
 
     /// The index of the network interface; 0 is every interface.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// assert_eq!(ringsock::CanAddr::raw("")?.interface(), 0);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     #[must_use]
     pub fn interface(&self) -> u32 {
         self.interface
     }
 
     /// `(rx_addr, tx_addr)` of an address of `CAN_ISOTP`.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// assert_eq!(ringsock::CanAddr::isotp("", 1, 2)?.as_isotp(), (1, 2));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     #[must_use]
     pub fn as_isotp(&self) -> (u32, u32) {
         let [a, b, c, d, e, f, g, h, ..] = self.union;
@@ -107,6 +162,13 @@ impl CanAddr {
     }
 
     /// `(name, pgn, addr)` of an address of `CAN_J1939`.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// assert_eq!(ringsock::CanAddr::j1939("", 1, 2, 3)?.as_j1939(), (1, 2, 3));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     #[must_use]
     pub fn as_j1939(&self) -> (u64, u32, u8) {
         let [a, b, c, d, e, f, g, h, i, j, k, l, addr, ..] = self.union;

@@ -110,6 +110,16 @@ impl PacketAddr {
     }
 
     /// The hardware address: 6 bytes on Ethernet and the loopback, at most 8.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # if std::path::Path::new("/sys/class/net/lo").exists() {
+    /// let address = ringsock::PacketAddr::new("lo", ringsock::ETH_P_ALL)?;
+    /// assert!(address.addr().is_empty()); // What getsockname() gives has one.
+    /// # }
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
     #[must_use]
     pub fn addr(&self) -> &[u8] {
         &self.addr[..usize::from(self.addr_len)]
