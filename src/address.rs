@@ -5,12 +5,32 @@
 //! `sockaddr_storage` that goes to and from the kernel). It knows neither sockets nor rings; the
 //! names of hosts it leaves to `resolve`.
 //!
+//! The families of the Internet and Unix are here, every other family in a file of its own.
+//!
 //! The kernel's layouts are written and read as plain bytes, so the unsafe part, the submodule
 //! `raw`, is only the storage itself.
 
-pub(crate) use self::raw::SockAddr;
+mod alg;
+mod can;
+#[cfg(test)]
+mod families_test;
+mod netlink;
+mod packet;
+mod tipc;
+mod vsock;
 
-use crate::constants::{AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, EAI_ADDRFAMILY, EAI_NONAME, Family};
+pub use self::alg::AlgAddr;
+pub use self::can::CanAddr;
+pub use self::netlink::NetlinkAddr;
+pub use self::packet::PacketAddr;
+pub(crate) use self::raw::SockAddr;
+pub use self::tipc::TipcAddr;
+pub use self::vsock::VsockAddr;
+
+use crate::constants::{
+    AF_ALG, AF_CAN, AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_TIPC, AF_UNIX, AF_UNSPEC,
+    AF_VSOCK, EAI_ADDRFAMILY, EAI_NONAME, Family,
+};
 use crate::error::{Error, Result, Text};
 use crate::resolve;
 use std::ffi::OsStr;
@@ -24,7 +44,8 @@ use std::path::{Path, PathBuf};
 /// The address of a socket: its own, its peer's, or the one to send to.
 ///
 /// Calls that return addresses return this; calls that take one take any [`ToAddress`].
-/// `Display` prints `127.0.0.1:80`, `[::1]:80`, a path, or `@name` for an abstract name.
+/// `Display` prints `127.0.0.1:80`, `[::1]:80`, a path, `@name` for an abstract name, or what
+/// begins with the family: `vsock:2:1024`.
 ///
 /// # Source
 ///
@@ -54,6 +75,18 @@ pub enum Address {
     V6(SocketAddrV6),
     /// `AF_UNIX`: Python's path (`str`) or abstract name (`bytes`).
     Unix(UnixAddr),
+    /// `AF_NETLINK`: Python's `(pid, groups)`.
+    Netlink(NetlinkAddr),
+    /// `AF_PACKET`: Python's `(ifname, proto, pkttype, hatype, addr)`.
+    Packet(PacketAddr),
+    /// `AF_VSOCK`: Python's `(cid, port)`.
+    Vsock(VsockAddr),
+    /// `AF_TIPC`: Python's `(addr_type, v1, v2, v3, scope)`.
+    Tipc(TipcAddr),
+    /// `AF_CAN`: Python's `(interface, ...)`, by the socket's protocol.
+    Can(CanAddr),
+    /// `AF_ALG`: Python's `(type, name, feat, mask)`. Boxed, so that it does not swell the others.
+    Alg(Box<AlgAddr>),
     /// Any other family, undecoded.
     Raw {
         /// The family, as the kernel numbers it.
@@ -151,6 +184,12 @@ impl Address {
             Self::V4(_) => AF_INET,
             Self::V6(_) => AF_INET6,
             Self::Unix(_) => AF_UNIX,
+            Self::Netlink(_) => AF_NETLINK,
+            Self::Packet(_) => AF_PACKET,
+            Self::Vsock(_) => AF_VSOCK,
+            Self::Tipc(_) => AF_TIPC,
+            Self::Can(_) => AF_CAN,
+            Self::Alg(_) => AF_ALG,
             Self::Raw { family, .. } => *family,
         }
     }
@@ -172,18 +211,23 @@ impl Address {
         match self {
             Self::V4(address) => Some(SocketAddr::V4(*address)),
             Self::V6(address) => Some(SocketAddr::V6(*address)),
-            Self::Unix(_) | Self::Raw { .. } => None,
+            _ => None,
         }
     }
 
     /// An address that already has a family must have the socket's; `AF_UNSPEC` takes any.
     fn for_family(self, family: Family) -> Result<Self> {
-        if family == AF_UNSPEC || family == self.family() {
-            return Ok(self);
-        }
-        let text = format!("{family:?} address expected, not {:?}", self.family());
-        Err(Error::Type(Text::from(text)))
+        expect_family(family, self.family())?;
+        Ok(self)
     }
+}
+
+fn expect_family(family: Family, given: Family) -> Result<()> {
+    if family == AF_UNSPEC || family == given {
+        return Ok(());
+    }
+    let text = format!("{family:?} address expected, not {given:?}");
+    Err(Error::Type(Text::from(text)))
 }
 
 impl fmt::Display for Address {
@@ -192,6 +236,12 @@ impl fmt::Display for Address {
             Self::V4(address) => address.fmt(f),
             Self::V6(address) => address.fmt(f),
             Self::Unix(address) => address.fmt(f),
+            Self::Netlink(address) => address.fmt(f),
+            Self::Packet(address) => address.fmt(f),
+            Self::Vsock(address) => address.fmt(f),
+            Self::Tipc(address) => address.fmt(f),
+            Self::Can(address) => address.fmt(f),
+            Self::Alg(address) => address.fmt(f),
             Self::Raw { family, data } => {
                 write!(f, "{family:?}:")?;
                 data.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -274,6 +324,12 @@ impl From<std::os::unix::net::SocketAddr> for Address {
 /// | `AF_INET` | `(host, port)`, `SocketAddrV4` |
 /// | `AF_INET6` | `(host, port)`, `(host, port, flowinfo, scope_id)`, `SocketAddrV6` |
 /// | `AF_UNIX` | `&str`, `String`, bytes, `&Path`, [`UnixAddr`] |
+/// | `AF_NETLINK` | `(pid, groups)`, [`NetlinkAddr`] |
+/// | `AF_PACKET` | `(interface, proto)`, [`PacketAddr`] |
+/// | `AF_VSOCK` | `(cid, port)`, [`VsockAddr`] |
+/// | `AF_TIPC` | `(addr_type, v1, v2, v3)`, the same with a scope, [`TipcAddr`] |
+/// | `AF_CAN` | `(interface,)`, [`CanAddr`] |
+/// | `AF_ALG` | [`AlgAddr`] |
 /// | any | [`Address`] of that family |
 ///
 /// A host is a `&str`, `String`, `IpAddr`, `Ipv4Addr` or `Ipv6Addr`. As a string, `""` is every
@@ -322,6 +378,8 @@ pub trait ToAddress {
     /// - [`Error::Timeout`] (of an enclosing [`timeout`](crate::timeout)), [`Error::Cancelled`],
     ///   [`Error::Shutdown`]: the wait for a name's address was ended.
     /// - [`Error::Overflow`]: the flow information of a tuple is above 0xFFFFF.
+    /// - [`Error::Value`]: a type or a name of `AF_ALG` is too long.
+    /// - [`Error::Os`], the exception: `ENODEV`, no interface has this name (`AF_PACKET`, `AF_CAN`).
     /// - [`Error::Message`]: `AF_UNIX path too long`; `address family mismatched` (the broadcast
     ///   address for `AF_INET6`); `bad family` (a host tuple for a family that has no hosts).
     fn to_address(&self, family: Family) -> Result<Address>;
@@ -380,6 +438,26 @@ impl ToAddress for (&String, u16) {
 impl ToAddress for (&str, u16, u32, u32) {
     fn to_address(&self, family: Family) -> Result<Address> {
         host_address(self.0, self.1, Some((self.2, self.3)), family)
+    }
+}
+
+/// Python's `(pid, groups)` of `AF_NETLINK` and `(cid, port)` of `AF_VSOCK`.
+impl ToAddress for (u32, u32) {
+    fn to_address(&self, family: Family) -> Result<Address> {
+        match family {
+            AF_NETLINK => Ok(Address::Netlink(NetlinkAddr {
+                pid: self.0,
+                groups: self.1,
+            })),
+            AF_VSOCK => Ok(Address::Vsock(VsockAddr {
+                cid: self.0,
+                port: self.1,
+            })),
+            _ => {
+                let text = format!("{family:?} address expected, not two numbers");
+                Err(Error::Type(Text::from(text)))
+            }
+        }
     }
 }
 
@@ -490,6 +568,7 @@ fn host_address(
             ));
         }
         AF_INET | AF_INET6 | AF_UNSPEC => {}
+        AF_PACKET if extra.is_none() => return Ok(PacketAddr::new(host, port)?.into()),
         AF_UNIX => {
             return Err(Error::Type(
                 "a bytes-like object is required, not 'tuple'".into(),
@@ -662,7 +741,8 @@ impl Address {
     /// # Errors
     ///
     /// [`Error::Message`] for a Unix path or name that does not fit, [`Error::Overflow`] for a
-    /// raw family outside 0-65535, [`Error::Value`] for raw data over 126 bytes.
+    /// raw family outside 0-65535, [`Error::Value`] for raw data over 126 bytes and for a type or
+    /// name of `AF_ALG` that does not fit.
     #[inline]
     pub(crate) fn encode(&self) -> Result<SockAddr> {
         match self {
@@ -700,6 +780,12 @@ impl Address {
                 rest.copy_from_slice(data);
                 Ok(SockAddr::new(&bytes[..2 + data.len()]))
             }
+            Self::Netlink(address) => address.encode(),
+            Self::Packet(address) => address.encode(),
+            Self::Vsock(address) => address.encode(),
+            Self::Tipc(address) => address.encode(),
+            Self::Can(address) => address.encode(),
+            Self::Alg(address) => address.encode(),
         }
     }
 }
@@ -717,7 +803,7 @@ impl SockAddr {
     /// peer of a connected stream in `recvfrom`) or the family `AF_UNSPEC`.
     ///
     /// A structure too short for its family comes out as [`Address::Raw`]. Allocates only for
-    /// Unix names and raw data.
+    /// Unix names, raw data and `AF_ALG`.
     #[inline]
     pub(crate) fn decode(&self) -> Option<Address> {
         let (family, data) = self.bytes().split_first_chunk::<2>()?;
@@ -727,6 +813,12 @@ impl SockAddr {
             AF_INET => decode_v4(data),
             AF_INET6 => decode_v6(data),
             AF_UNIX => Some(decode_unix(data)),
+            AF_NETLINK => NetlinkAddr::decode(data),
+            AF_PACKET => PacketAddr::decode(data),
+            AF_VSOCK => VsockAddr::decode(data),
+            AF_TIPC => TipcAddr::decode(data),
+            AF_CAN => CanAddr::decode(data),
+            AF_ALG => AlgAddr::decode(data),
             _ => None,
         };
         Some(address.unwrap_or_else(|| Address::Raw {
@@ -885,7 +977,7 @@ mod raw {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::constants::{AF_NETLINK, AF_PACKET};
+    use crate::constants::{AF_RDS, AF_X25};
     use std::fs;
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixDatagram;
@@ -1164,7 +1256,7 @@ mod tests {
         ] {
             assert_eq!(text, format!("Type({expected:?})"));
         }
-        assert_eq!(shown(("x", 1), AF_PACKET), "Message(\"bad family\")");
+        assert_eq!(shown(("x", 1), AF_RDS), "Message(\"bad family\")");
     }
 
     #[test]
@@ -1222,10 +1314,10 @@ mod tests {
         }
 
         let raw = Address::Raw {
-            family: AF_NETLINK,
+            family: AF_X25,
             data: vec![1, 2, 3],
         };
-        assert_eq!(wire(&raw), with_family(AF_NETLINK, &[1, 2, 3]));
+        assert_eq!(wire(&raw), with_family(AF_X25, &[1, 2, 3]));
     }
 
     #[test]
@@ -1268,7 +1360,7 @@ mod tests {
     #[test]
     #[allow(unsafe_code)]
     fn decoding_trusts_no_length() {
-        let mut address = SockAddr::new(&with_family(AF_NETLINK, &[9; 126]));
+        let mut address = SockAddr::new(&with_family(AF_X25, &[9; 126]));
         // SAFETY: all 128 bytes of the storage are initialized, so that any length keeps the
         // promise of SockAddr.
         let set = |address: &mut SockAddr, len| unsafe { address.as_mut_parts().1.write(len) };
@@ -1278,7 +1370,7 @@ mod tests {
         }
         set(&mut address, 4000);
         let raw = Address::Raw {
-            family: AF_NETLINK,
+            family: AF_X25,
             data: vec![9; 126],
         };
         assert_eq!(address.decode(), Some(raw));
@@ -1291,9 +1383,9 @@ mod tests {
             data: vec![5; len],
         };
         round_trip(&raw(Family::new(65535), 126));
-        round_trip(&raw(AF_PACKET, 0));
+        round_trip(&raw(AF_X25, 0));
         assert!(matches!(
-            raw(AF_PACKET, 127).encode().err(),
+            raw(AF_X25, 127).encode().err(),
             Some(Error::Value(_))
         ));
         for family in [-1, 65536] {
@@ -1313,10 +1405,10 @@ mod tests {
             (v6("::1", 80, 0, 0), "[::1]:80"),
             (
                 Address::Raw {
-                    family: AF_NETLINK,
+                    family: AF_X25,
                     data: vec![0, 255],
                 },
-                "AF_NETLINK:00ff",
+                "AF_X25:00ff",
             ),
             (
                 Address::Raw {

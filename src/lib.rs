@@ -12,6 +12,10 @@ mod constants;
 mod driver;
 mod error;
 mod fiber;
+/// The examples in the page for Python's users.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/from-python.md")]
+mod from_python {}
 mod log;
 mod metrics;
 mod resolve;
@@ -21,7 +25,9 @@ mod socket;
 mod sys;
 mod timeout;
 
-pub use address::{Address, ToAddress, UnixAddr};
+pub use address::{
+    Address, AlgAddr, CanAddr, NetlinkAddr, PacketAddr, TipcAddr, ToAddress, UnixAddr, VsockAddr,
+};
 pub use buf::Buf;
 pub use constants::*;
 pub use driver::features::{Feature, Features};

@@ -348,6 +348,13 @@ pub(crate) fn accept4(fd: RawFd, address: &mut SockAddr) -> i32 {
     result(unsafe { libc::accept4(fd, storage, len, libc::SOCK_CLOEXEC) })
 }
 
+/// accept4(2) on a socket whose connections have no address.
+pub(crate) fn accept4_without_address(fd: RawFd) -> i32 {
+    let (storage, len) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: null pointers ask for no address, so that nothing is written.
+    result(unsafe { libc::accept4(fd, storage, len, libc::SOCK_CLOEXEC) })
+}
+
 pub(crate) fn connect(fd: RawFd, address: &SockAddr) -> i32 {
     // SAFETY: pointer and length describe one initialised address that lives through the call.
     result(unsafe { libc::connect(fd, address.as_ptr(), address.len()) })

@@ -45,7 +45,9 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
-use crate::constants::{AF_UNIX, Family, Kind, MsgFlags, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM};
+use crate::constants::{
+    AF_ALG, AF_UNIX, Family, Kind, MsgFlags, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM,
+};
 use crate::driver::Op;
 use crate::driver::op::timespec_from_ns;
 use crate::error::{Error, Result};
@@ -379,10 +381,15 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn accept(&self) -> Result<(Socket, Address)> {
+        let mut address = SockAddr::empty();
+        if self.0.family == AF_ALG {
+            // It never waits, and where an address is asked for the kernel refuses: these sockets have none.
+            let fd = sys::check(sys::accept4_without_address(self.0.fd))?;
+            return self.accepted(fd, &address);
+        }
         if self.timeout_ns() == NON_BLOCKING {
             return self.accept_now();
         }
-        let mut address = SockAddr::empty();
         let op = Op::Accept {
             fd: self.0.fd,
             address: &mut address,

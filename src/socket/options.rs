@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use super::Socket;
 use crate::constants::{
-    AF_INET6, IP_ADD_MEMBERSHIP, IP_DROP_MEMBERSHIP, IP_TTL, IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP,
-    IPV6_JOIN_GROUP, IPV6_LEAVE_GROUP, IPV6_UNICAST_HOPS, IPV6_V6ONLY, SO_BROADCAST, SO_KEEPALIVE,
-    SO_LINGER, SO_RCVBUF, SO_REUSEADDR, SO_REUSEPORT, SO_SNDBUF, SOL_SOCKET, TCP_KEEPCNT,
-    TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_NODELAY,
+    AF_INET6, AF_VSOCK, IP_ADD_MEMBERSHIP, IP_DROP_MEMBERSHIP, IP_TTL, IPPROTO_IP, IPPROTO_IPV6,
+    IPPROTO_TCP, IPV6_JOIN_GROUP, IPV6_LEAVE_GROUP, IPV6_UNICAST_HOPS, IPV6_V6ONLY, SO_BROADCAST,
+    SO_KEEPALIVE, SO_LINGER, SO_RCVBUF, SO_REUSEADDR, SO_REUSEPORT, SO_SNDBUF, SOL_SOCKET,
+    TCP_KEEPCNT, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_NODELAY,
 };
 use crate::error::{Error, Result};
 use crate::sys;
@@ -19,16 +19,18 @@ const OPTION_BYTES_MAX: usize = 1024;
 /// SO_RCVTIMEO and SO_SNDTIMEO, by their old and their new numbers (the new ones' value is 64-bit everywhere).
 const TIMEOUT_OPTIONS: [i32; 4] = [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO, 66, 67];
 
-/// The value of an option: an integer, bytes (a C struct), or no value but a length.
+/// The value of an option: an integer, a 64-bit integer, bytes (a C struct), or no value but a length.
 ///
 /// ```
 /// use ringsock::OptionValue;
-/// let values: [OptionValue; 3] = [1.into(), true.into(), (&[0u8, 1][..]).into()];
+/// let values: [OptionValue; 4] = [1.into(), true.into(), 1_u64.into(), (&[0u8, 1][..]).into()];
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OptionValue<'a> {
-    /// A C `int`.
+    /// A C `int`; on a socket of `AF_VSOCK` the same number in the 64 bits that its options have.
     Int(i32),
+    /// A 64-bit number: the options of `AF_VSOCK` at its own level.
+    U64(u64),
     /// The bytes of a C struct.
     Bytes(&'a [u8]),
     /// A null pointer and this length (Python's `setsockopt(level, optname, None, optlen)`).
@@ -38,6 +40,12 @@ pub enum OptionValue<'a> {
 impl From<i32> for OptionValue<'_> {
     fn from(value: i32) -> Self {
         OptionValue::Int(value)
+    }
+}
+
+impl From<u64> for OptionValue<'_> {
+    fn from(value: u64) -> Self {
+        OptionValue::U64(value)
     }
 }
 
@@ -134,7 +142,12 @@ impl Socket {
     ) -> Result<()> {
         let fd = self.0.fd;
         let result = sys::check(match value.into() {
+            // What is negative wraps, as in Python.
+            OptionValue::Int(value) if level == AF_VSOCK.bits() && self.0.family == AF_VSOCK => {
+                sys::setsockopt(fd, level, optname, &(i64::from(value)).to_ne_bytes())
+            }
             OptionValue::Int(value) => sys::setsockopt(fd, level, optname, &value.to_ne_bytes()),
+            OptionValue::U64(value) => sys::setsockopt(fd, level, optname, &value.to_ne_bytes()),
             OptionValue::Bytes(bytes) => sys::setsockopt(fd, level, optname, bytes),
             OptionValue::Null(len) => sys::setsockopt_null(fd, level, optname, len),
         });
@@ -144,11 +157,11 @@ impl Socket {
         result.map(drop)
     }
 
-    /// The integer value of an option.
+    /// The integer value of an option. Those of `AF_VSOCK` have 64 bits: see [`getsockopt_u64`](Socket::getsockopt_u64).
     ///
     /// # Errors
     ///
-    /// `ENOPROTOOPT`: no such option at this level.
+    /// `ENOPROTOOPT`: no such option at this level. `EINVAL`: the option has more than an integer's 32 bits.
     ///
     /// # Source
     ///
@@ -164,6 +177,32 @@ impl Socket {
         let mut value = [0; 4];
         sys::check(sys::getsockopt(self.0.fd, level, optname, &mut value))?;
         Ok(i32::from_ne_bytes(value))
+    }
+
+    /// The value of an option that is a 64-bit integer, as those of `AF_VSOCK` at its own level are.
+    ///
+    /// # Errors
+    ///
+    /// `ENOPROTOOPT`: no such option at this level. `EOPNOTSUPP`, `EINVAL`: no socket of this family.
+    ///
+    /// # Source
+    ///
+    /// Python `socket.getsockopt(level, optname)` on a socket of `AF_VSOCK`;
+    /// [vsock(7)](https://man7.org/linux/man-pages/man7/vsock.7.html).
+    ///
+    /// ```
+    /// use ringsock::prelude::*;
+    /// let Ok(socket) = Socket::new(AF_VSOCK, SOCK_STREAM, 0) else {
+    ///     return Ok(()); // This kernel lacks the family.
+    /// };
+    /// socket.setsockopt(AF_VSOCK.bits(), SO_VM_SOCKETS_BUFFER_SIZE, 65536_u64)?;
+    /// assert_eq!(socket.getsockopt_u64(AF_VSOCK.bits(), SO_VM_SOCKETS_BUFFER_SIZE)?, 65536);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn getsockopt_u64(&self, level: i32, optname: i32) -> Result<u64> {
+        let mut value = [0; 8];
+        sys::check(sys::getsockopt(self.0.fd, level, optname, &mut value))?;
+        Ok(u64::from_ne_bytes(value))
     }
 
     /// The value of an option as bytes, at most `buflen` (1 to 1024) of them.
