@@ -32,26 +32,19 @@
 //! ```
 
 // Echo client program
+use ringsock::getaddrinfo_with;
 use ringsock::prelude::*;
 
+const HOST: &str = "localhost"; // The remote host
 const PORT: u16 = 50007; // The same port as used by the server
-
-/// What the name resolution answers for this host, and it is the remote host: `localhost`.
-fn addresses() -> Vec<(Family, Kind, i32, Address)> {
-    let local = |family, host| {
-        let sa = (host, PORT).to_address(family).expect("a numeric address");
-        (family, SOCK_STREAM, IPPROTO_TCP, sa)
-    };
-    vec![local(AF_INET6, "::1"), local(AF_INET, "127.0.0.1")]
-}
 
 fn main() -> ringsock::Result<()> {
     let mut s = None;
-    for (af, socktype, proto, sa) in addresses() {
-        let Ok(socket) = Socket::new(af, socktype, proto) else {
+    for res in getaddrinfo_with(HOST, PORT, AF_UNSPEC, SOCK_STREAM, 0, 0)? {
+        let Ok(socket) = Socket::new(res.family, res.kind, res.proto) else {
             continue;
         };
-        if socket.connect(sa).is_err() {
+        if socket.connect(res.sockaddr).is_err() {
             socket.close()?;
             continue;
         }

@@ -40,26 +40,23 @@
 //! dualstack_ipv6: true, .. })` does.
 
 // Echo server program
+use ringsock::getaddrinfo_with;
 use ringsock::prelude::*;
 
+const HOST: Option<&str> = None; // Symbolic name meaning all available interfaces
 const PORT: u16 = 50007; // Arbitrary non-privileged port
-
-/// What the name resolution answers for the host `None`: all available interfaces.
-fn addresses() -> Vec<(Family, Kind, i32, Address)> {
-    let any = |family, host| {
-        let sa = (host, PORT).to_address(family).expect("a numeric address");
-        (family, SOCK_STREAM, IPPROTO_TCP, sa)
-    };
-    vec![any(AF_INET, "0.0.0.0"), any(AF_INET6, "::")]
-}
 
 fn main() -> ringsock::Result<()> {
     let mut s = None;
-    for (af, socktype, proto, sa) in addresses() {
-        let Ok(socket) = Socket::new(af, socktype, proto) else {
+    for res in getaddrinfo_with(HOST, PORT, AF_UNSPEC, SOCK_STREAM, 0, AI_PASSIVE)? {
+        let Ok(socket) = Socket::new(res.family, res.kind, res.proto) else {
             continue;
         };
-        if socket.bind(sa).and_then(|()| socket.listen(1)).is_err() {
+        if socket
+            .bind(res.sockaddr)
+            .and_then(|()| socket.listen(1))
+            .is_err()
+        {
             socket.close()?;
             continue;
         }

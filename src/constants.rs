@@ -469,15 +469,6 @@ numbers! {
     }
 }
 
-/// Whether this platform has IPv6: always, on Linux. Whether a socket can be had is another question, which `socket()` or
-/// [`has_dualstack_ipv6`](crate::has_dualstack_ipv6) answers.
-///
-/// # Source
-///
-/// Python's [`socket.has_ipv6`](https://docs.python.org/3/library/socket.html#socket.has_ipv6).
-#[allow(non_upper_case_globals, reason = "Python's spelling")]
-pub const has_ipv6: bool = true;
-
 /// `Debug` of the newtypes: the name of the number, then of each flag, joined as C would write
 /// them; what no table row covers is printed as `Family(99)`.
 fn write_names(
