@@ -8,7 +8,7 @@
 //!
 //! What CPython answers is never written by hand: record.py records it (how: see there), and where CPython 3.11 is installed a
 //! test records anew and compares. What ringsock does otherwise, on purpose, stands in deviations.txt with the reason and must
-//! happen exactly as it stands there.
+//! happen exactly as it stands there. sequences.rs compares random steps with a Python that runs beside.
 #![allow(unsafe_code)]
 
 #[path = "../support/mod.rs"]
@@ -16,6 +16,7 @@ mod support;
 
 mod interpreter;
 mod language;
+mod sequences;
 mod table;
 
 use std::collections::HashMap;
