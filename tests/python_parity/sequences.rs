@@ -16,7 +16,7 @@ use crate::support::{Process, checked, seed};
 use crate::{RECORDER, python};
 
 /// Per setting.
-const SEQUENCES: u32 = 1_200;
+const SEQUENCES: u32 = 1_100;
 const STEPS_MAX: usize = 12;
 
 /// A CPython that executes steps.
@@ -105,7 +105,8 @@ const MODES: &[&[&str]] = &[
     ],
 ];
 
-/// What is done with each of the sockets. `connect` comes only where a second one is not told otherwise (see deviations.txt).
+/// What is done with each of the sockets. `connect` comes in non-blocking mode only: deviations.txt tells what is different
+/// after it in the others.
 const CALLS: &[&str] = &[
     "recv(SIZE)",
     "recv(SIZE)",
@@ -158,7 +159,7 @@ struct Sequence {
 }
 
 fn steps(names: &'static [&'static str], mode: usize) -> impl Strategy<Value = Vec<String>> {
-    let (may_connect, by_option) = (mode != 1, mode == 2);
+    let (may_connect, by_option) = (mode == 0, mode == 2);
     let calls = CALLS.iter().copied();
     let calls: Vec<_> = calls
         .filter(|call| may_connect || !call.starts_with("connect"))
@@ -182,7 +183,7 @@ fn steps(names: &'static [&'static str], mode: usize) -> impl Strategy<Value = V
 
 fn sequences() -> impl Strategy<Value = Sequence> {
     // Waiting takes time, so most of the sockets do not.
-    let mode = select(vec![0_usize, 0, 0, 0, 1, 1, 2]);
+    let mode = select(vec![0_usize, 0, 0, 0, 0, 1, 1, 2]);
     (select(SETUPS), mode, any::<bool>()).prop_flat_map(|(setup, mode, duplicated)| {
         let mut lines: Vec<_> = setup.iter().map(|line| line.to_string()).collect();
         for name in ["s", "t"] {
