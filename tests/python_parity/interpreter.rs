@@ -75,6 +75,8 @@ impl Environment {
             made % 0x10000
         );
         let dir = format!("/tmp/{id}");
+        // A process that was killed may have left one of that name.
+        let _ = fs::remove_dir_all(&dir);
         fs::create_dir(&dir).unwrap();
         let name = [b"\0", id.as_bytes()].concat();
         let variables = [

@@ -97,6 +97,8 @@ class Environment:
         Environment.made += 1
         self.id = f"rsp-{os.getpid() % 0x10000:04x}{Environment.made % 0x10000:04x}"
         self.dir = f"/tmp/{self.id}"
+        # A process that was killed may have left one of that name.
+        shutil.rmtree(self.dir, ignore_errors=True)
         os.mkdir(self.dir)
         self.ports = {}
         self.ended = False
