@@ -62,7 +62,10 @@ impl Timeout {
                 let ns = if ns < 0.0 { ns.floor() } else { ns.ceil() };
                 // The cast saturates; 2^63 as a float is the first value that does not fit.
                 if ns >= i64::MAX as f64 || ns < i64::MIN as f64 {
-                    return Err(too_large());
+                    // CPython's text for floats.
+                    return Err(Error::Overflow(
+                        "timestamp out of range for platform time_t".into(),
+                    ));
                 }
                 ns as i64
             }

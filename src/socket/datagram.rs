@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use super::{BLOCKING, BY_OPTION, Socket, receive_buf};
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
-use crate::constants::{AF_UNIX, MsgFlags};
+use crate::constants::{AF_INET, AF_INET6, AF_UNIX, MsgFlags, SOCK_STREAM};
 use crate::driver::Op;
 use crate::error::{Error, Result};
 use crate::fiber::inflight::Direction;
@@ -290,13 +290,22 @@ impl Socket {
         let mut message = Incoming::new();
         let mut piece = Piece::NONE;
         let flags = flags.bits();
+        // For no bytes recvfrom(2) does not wait on TCP; the ring would.
+        let waits_in_vain = buffer.is_empty()
+            && self.timeout_ns() < 0
+            && self.0.kind == SOCK_STREAM
+            && matches!(self.0.family, AF_INET | AF_INET6);
         let op = Op::RecvMsg {
             fd: self.0.fd,
             room: Scatter::one(buffer, &mut piece),
             message: &mut message,
             flags,
         };
-        let received = self.receive(op, flags)?;
+        let received = if waits_in_vain {
+            self.attempt(op)?
+        } else {
+            self.receive(op, flags)?
+        };
         Ok((received, message.address()))
     }
 }

@@ -46,7 +46,8 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
 use crate::constants::{
-    AF_ALG, AF_UNIX, Family, Kind, MsgFlags, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM,
+    AF_ALG, AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, Family, Kind, MsgFlags, SOCK_CLOEXEC,
+    SOCK_NONBLOCK, SOCK_STREAM,
 };
 use crate::driver::Op;
 use crate::driver::op::timespec_from_ns;
@@ -510,6 +511,23 @@ impl Socket {
                     ready => ready?,
                 };
                 sys::check(sys::connect_outcome(self.0.fd)).map(drop)
+            }
+            Err(error)
+                if timeout_ns < 0
+                    && matches!(self.0.family, AF_INET | AF_INET6)
+                    && matches!(
+                        error.errno(),
+                        Some(
+                            libc::ECONNREFUSED
+                                | libc::ETIMEDOUT
+                                | libc::EHOSTUNREACH
+                                | libc::ENETUNREACH
+                        )
+                    ) =>
+            {
+                // connect(2) that waited and failed leaves the socket as it was before; the ring's leaves it half connected.
+                let _ = sys::connect(self.0.fd, &Address::unspecified(AF_UNSPEC).encode()?);
+                Err(error)
             }
             other => other.map(drop),
         }
