@@ -1,51 +1,22 @@
 //! Files and sockets: sendfile, and makefile beside Python's, in fibers and on plain threads.
 #![allow(unsafe_code)]
 
+mod support;
+
 use std::fs::File;
 use std::io::{self, BufRead, ErrorKind, IoSlice, Read, Seek, Write, pipe};
 use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ringsock::prelude::*;
 use ringsock::{MakeFile, SocketFile, run, socketpair, socketpair_with, spawn, yield_now};
+use support::{beside, on_both};
 
 /// Longer than any wait of a test that goes well, in seconds.
 const LONG: f64 = 60.0;
-
-/// Runs a test in both settings: on a plain thread, and in a fiber.
-fn on_both(test: fn()) {
-    test();
-    run(test);
-}
-
-/// Starts what the test talks with: on a thread of its own, so that it runs whatever the test does.
-fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Beside<T> {
-    let (result, results) = mpsc::channel();
-    thread::spawn(move || result.send(work()));
-    Beside(results)
-}
-
-struct Beside<T>(mpsc::Receiver<T>);
-
-impl<T> Beside<T> {
-    /// In a fiber it must not hold up the worker: the other side may wait for that very worker to end a call.
-    fn join(self) -> T {
-        let limit = Instant::now() + Duration::from_secs(120);
-        loop {
-            match self.0.try_recv() {
-                Ok(result) => return result,
-                Err(mpsc::TryRecvError::Disconnected) => panic!("the other side panicked"),
-                Err(mpsc::TryRecvError::Empty) => {}
-            }
-            assert!(Instant::now() < limit, "the other side does not end");
-            ringsock::sleep(0.0005).unwrap();
-        }
-    }
-}
 
 /// A file of these bytes, without a name.
 fn file(bytes: &[u8]) -> File {

@@ -4,6 +4,8 @@
 //! Whether a descriptor is still open anywhere is asked of a pipe: its reader sees the end once no writer is left.
 #![allow(unsafe_code)]
 
+mod support;
+
 use std::io::{IoSlice, IoSliceMut, PipeReader, PipeWriter, Read, Write, pipe};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,44 +19,10 @@ use ringsock::{
     Afalg, Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, Credentials, SendMsg, recv_fds,
     recv_fds_with, run, send_fds, send_fds_with, socketpair, socketpair_with, spawn, yield_now,
 };
+use support::{beside, errno, on_both};
 
 /// Longer than any wait of a test that goes well, in seconds.
 const LONG: f64 = 60.0;
-
-/// Runs a test in both settings: on a plain thread, and in a fiber.
-fn on_both(test: fn()) {
-    test();
-    run(test);
-}
-
-/// Starts what the test talks with: on a thread of its own, so that it runs whatever the test does.
-fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Beside<T> {
-    let (result, results) = mpsc::channel();
-    thread::spawn(move || result.send(work()));
-    Beside(results)
-}
-
-struct Beside<T>(mpsc::Receiver<T>);
-
-impl<T> Beside<T> {
-    /// In a fiber it must not hold up the worker: the other side may wait for that very worker to end a call.
-    fn join(self) -> T {
-        let limit = Instant::now() + Duration::from_secs(120);
-        loop {
-            match self.0.try_recv() {
-                Ok(result) => return result,
-                Err(mpsc::TryRecvError::Disconnected) => panic!("the other side panicked"),
-                Err(mpsc::TryRecvError::Empty) => {}
-            }
-            assert!(Instant::now() < limit, "the other side does not end");
-            ringsock::sleep(0.0005).unwrap();
-        }
-    }
-}
-
-fn errno<T: std::fmt::Debug>(result: ringsock::Result<T>) -> Option<i32> {
-    result.unwrap_err().errno()
-}
 
 fn none() -> MsgFlags {
     MsgFlags::default()
