@@ -28,7 +28,7 @@
 //! mode on. It takes the privilege CAP_NET_RAW.
 //!
 //! `sniffer [--interface NAME] [--count N]`: by default `lo` and 1. First line on standard output: `sniffing on NAME`; then a
-//! line a packet, as Python prints the pair.
+//! line a packet: the pair that recvfrom gives.
 
 use std::io::Write;
 
@@ -36,7 +36,9 @@ use clap::Parser;
 use ringsock::PacketAddr;
 use ringsock::prelude::*;
 
+/// Prints the packets that pass an interface, which is promiscuous meanwhile. It takes root, or the privilege CAP_NET_RAW.
 #[derive(Parser)]
+#[command(version)]
 struct Options {
     /// The network interface
     #[arg(long, default_value = "lo")]

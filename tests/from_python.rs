@@ -53,6 +53,7 @@ fn existing() -> BTreeSet<&'static str> {
         AddrInfo SocketType fromfd socket socket_with getaddrinfo getaddrinfo_with getnameinfo getfqdn gethostbyname gethostbyname_ex
         gethostbyaddr gethostname getprotobyname getservbyname getservbyport ntohl ntohs htonl htons inet_aton inet_ntoa inet_pton
         inet_ntop getdefaulttimeout setdefaulttimeout send_fds send_fds_with recv_fds recv_fds_with
+        CMSG_LEN CMSG_SPACE dup if_nameindex if_nametoindex if_indextoname sethostname
         PACKET_ADD_MEMBERSHIP PACKET_DROP_MEMBERSHIP PACKET_MR_PROMISC SOL_PACKET
     };
     let buffer = || [0_u8; 8];
