@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use super::{BLOCKING, BY_OPTION, Socket, receive_buf};
+use super::{BLOCKING, BY_OPTION, Socket, first, receive_buf};
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
 use crate::constants::{AF_INET, AF_INET6, AF_UNIX, MsgFlags, SOCK_STREAM};
@@ -271,15 +271,9 @@ impl Socket {
         nbytes: usize,
         flags: MsgFlags,
     ) -> Result<(usize, Option<Address>)> {
-        let nbytes = match nbytes {
-            0 => buffer.len(),
-            nbytes if nbytes > buffer.len() => {
-                let text = "nbytes is greater than the length of the buffer";
-                return Err(Error::Value(text.into()));
-            }
-            nbytes => nbytes,
-        };
-        self.recvfrom_raw(sys::as_uninit(&mut buffer[..nbytes]), flags)
+        let text = "nbytes is greater than the length of the buffer";
+        let room = first(buffer, nbytes, text)?;
+        self.recvfrom_raw(sys::as_uninit(room), flags)
     }
 
     fn recvfrom_raw(

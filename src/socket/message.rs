@@ -14,7 +14,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::{BY_OPTION, NON_BLOCKING, Socket, receive_buf, received};
+use super::{BY_OPTION, NON_BLOCKING, Socket, receive_buf, transferred};
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
 use crate::constants::{AF_UNIX, MsgFlags, SOCK_STREAM};
@@ -557,7 +557,7 @@ impl Socket {
                 self.receive(op, flags)
             } else {
                 let left_ns = (deadline_ns - fiber::now_ns()).max(0);
-                received(self.wait(&mut op, Direction::In, left_ns))
+                transferred(self.wait(&mut op, Direction::In, left_ns))
             };
             let nbytes = match (result, whole) {
                 (Ok(0), Some(whole)) | (Err(_), Some(whole)) => return Ok(whole),

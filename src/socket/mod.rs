@@ -721,14 +721,8 @@ impl Socket {
         nbytes: usize,
         flags: MsgFlags,
     ) -> Result<usize> {
-        let nbytes = match nbytes {
-            0 => buffer.len(),
-            nbytes if nbytes > buffer.len() => {
-                return Err(Error::Value("buffer too small for requested bytes".into()));
-            }
-            nbytes => nbytes,
-        };
-        self.recv_raw(sys::as_uninit(&mut buffer[..nbytes]), flags)
+        let room = first(buffer, nbytes, "buffer too small for requested bytes")?;
+        self.recv_raw(sys::as_uninit(room), flags)
     }
 
     // Inlined into its caller, the switches are a call and a return to the processor's predictor.
@@ -760,9 +754,9 @@ impl Socket {
         if flags & libc::MSG_WAITALL == 0
             && let Some(code) = fiber::attempt_in_turn(&mut op)
         {
-            return received(code);
+            return transferred(code);
         }
-        received(self.receive_later(&mut op, timeout_ns))
+        transferred(self.receive_later(&mut op, timeout_ns))
     }
 
     #[inline(never)]
@@ -973,10 +967,7 @@ impl Socket {
         if self.0.family == AF_UNIX && self.0.kind != SOCK_STREAM {
             return self.send_when_ready(op, to, timeout_ns);
         }
-        match self.wait(op, Direction::Out, timeout_ns) {
-            sent if sent >= 0 => Ok(sent as usize),
-            code => Err(error_from_outcome(code)),
-        }
+        transferred(self.wait(op, Direction::Out, timeout_ns))
     }
 
     #[inline(always)]
@@ -1394,9 +1385,19 @@ impl Socket {
     }
 }
 
-/// What a receive came to.
+/// The first `nbytes` of a buffer, all of it for 0; the error's text where it has fewer.
+fn first<'b>(buffer: &'b mut [u8], nbytes: usize, too_few: &'static str) -> Result<&'b mut [u8]> {
+    match nbytes {
+        0 => Ok(buffer),
+        nbytes => buffer
+            .get_mut(..nbytes)
+            .ok_or_else(|| Error::Value(too_few.into())),
+    }
+}
+
+/// The bytes that a transfer moved, or why it failed.
 #[inline(always)]
-fn received(code: i32) -> Result<usize> {
+fn transferred(code: i32) -> Result<usize> {
     if code >= 0 {
         return Ok(code as usize);
     }
