@@ -28,6 +28,9 @@ pub struct Listen {
     /// Worker threads
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: u16,
+    /// Let a worker with nothing to do look for completions so long before it sleeps
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    spin: u64,
 }
 
 /// The error, with what it is about.
@@ -65,7 +68,9 @@ impl Listen {
         let listen = self.clone();
         let handler = Arc::new(handler);
         // The main thread is the first worker: with one, the process has one thread.
-        let runtime = Runtime::builder().workers(self.workers.into());
+        let runtime = Runtime::builder()
+            .workers(self.workers.into())
+            .spin(Duration::from_micros(self.spin));
         let served = runtime.run(move || {
             let server = listen.start(&handler)?;
             // A closed standard output is no reason not to serve.

@@ -505,6 +505,16 @@ impl Driver {
         }
     }
 
+    /// Whether there are completions at hand, or some that the next enter would post.
+    #[inline]
+    pub(crate) fn has_completions(&self) -> bool {
+        match &self.backend {
+            Backend::Uring(uring) => uring.has_completions(),
+            #[cfg(test)]
+            Backend::Scripted(script) => script.has_work(),
+        }
+    }
+
     /// The driver's clock in nanoseconds.
     pub(crate) fn now_ns(&self) -> i64 {
         match &self.backend {

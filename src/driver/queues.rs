@@ -237,6 +237,13 @@ impl Queues {
         self.cq_tail_seen.wrapping_sub(self.cq_head)
     }
 
+    /// Whether there are completions to read, at hand or posted since.
+    #[inline]
+    pub(crate) fn has_posted(&self) -> bool {
+        // SAFETY: the counter lives as long as the mapping. The entries are read only after `collect` has acquired it.
+        self.cq_head != unsafe { (*self.shared_cq_tail).load(Ordering::Relaxed) }
+    }
+
     /// Gives the read completions back and looks for new ones: how many came.
     #[inline]
     pub(crate) fn collect(&mut self) -> u32 {

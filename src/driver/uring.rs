@@ -241,6 +241,12 @@ impl Uring {
         self.queues.has_deferred()
     }
 
+    /// Whether there are completions at hand, or some that the next enter would post.
+    #[inline]
+    pub(crate) fn has_completions(&self) -> bool {
+        self.queues.has_posted() || self.queues.has_deferred()
+    }
+
     /// Puts the operation into the submission queue, with a deadline `timeout` from its submission on if given.
     ///
     /// # Safety

@@ -47,6 +47,7 @@ pub(crate) mod remote;
 pub(crate) mod scheduler;
 #[cfg(test)]
 mod simulation;
+mod spin;
 pub(crate) mod stack;
 pub(crate) mod sync;
 pub(crate) mod thread;
@@ -154,16 +155,16 @@ pub(crate) struct Fiber {
 const _: () = assert!(std::mem::offset_of!(Fiber, unwinds) < 64);
 const _: () = assert!(std::mem::offset_of!(Fiber, slot) < 128);
 
-/// Whether a fiber's next receive is likely to find something: after a plain call that found nothing, 1, 3, 7, … receives go
-/// straight to the ring before another is tried, until one is found again.
+/// Whether trying first is likely to find something, as a fiber's plain receive or a worker's spin: after a try in vain 1, 3, 7, …
+/// waits are not preceded by one, until one finds something again.
 struct Forecast {
-    /// Receives that are not worth trying.
+    /// Waits that are not worth a try.
     skip: Cell<u8>,
     /// The last value of `skip`.
     skipped: Cell<u8>,
 }
 
-/// One receive in so many is tried at the least.
+/// One wait in so many is preceded by a try at the least.
 const SKIP_MAX: u8 = 63;
 
 impl Forecast {

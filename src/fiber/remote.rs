@@ -161,6 +161,12 @@ impl Remote {
         self.flags.take_mail()
     }
 
+    /// Whether [`take_mail`](Remote::take_mail) would say so.
+    #[inline]
+    pub(crate) fn has_mail(&self) -> bool {
+        self.flags.has_mail()
+    }
+
     /// The owner is about to wait on its ring: true if it may, false if there is mail.
     #[inline]
     pub(crate) fn fall_asleep(&self) -> bool {

@@ -29,6 +29,7 @@ use std::time::Duration;
 
 use super::park::Waker;
 use super::remote::{Control, Mailbox, Remote};
+use super::spin::Spin;
 use super::stack::{STACK_BYTES_MIN, StackPool};
 use super::{AbortOnUnwind, DriverCell, FiberRef, State, interrupt};
 use crate::driver::features::Features;
@@ -54,6 +55,8 @@ pub(crate) struct Limits {
     pub(crate) fibers_max: usize,
     pub(crate) spawns_max: usize,
     pub(crate) grace: Duration,
+    /// How long to spin before a wait.
+    pub(crate) spin: Duration,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -120,6 +123,7 @@ pub(crate) struct Worker {
     waiting_for_room: RefCell<Vec<Waker>>,
     live: Cell<usize>,
     lost: Cell<usize>,
+    spin: Spin,
     turns: Cell<u64>,
     switches: Cell<u64>,
     spawned: Cell<u64>,
@@ -150,6 +154,7 @@ impl Worker {
             waiting_for_room: RefCell::new(Vec::new()),
             live: Cell::new(0),
             lost: Cell::new(0),
+            spin: Spin::new(limits.spin),
             turns: Cell::new(0),
             switches: Cell::new(0),
             spawned: Cell::new(0),
@@ -468,7 +473,7 @@ impl Worker {
             && self.cancels.borrow().is_empty()
             && !(self.spawns_waiting.get() && self.has_room())
             && !self.is_over();
-        if idle && self.remote.fall_asleep() {
+        if idle && !self.spin() && self.remote.fall_asleep() {
             self.publish();
             self.driver.with(|driver| driver.enter(true));
             self.remote.wake_up();
@@ -486,6 +491,21 @@ impl Worker {
         if self.turns.get().is_multiple_of(PUBLISH_TURNS) {
             self.publish();
         }
+    }
+
+    /// Looks for work before a wait, if that is asked for and promising: whether there is some.
+    #[inline]
+    fn spin(&self) -> bool {
+        if !self.spin.is_due() {
+            return false;
+        }
+        self.driver.with(|driver| {
+            if driver.has_work() {
+                driver.enter(false);
+            }
+        });
+        self.spin
+            .until(|| self.remote.has_mail() || self.driver.with(|driver| driver.has_completions()))
     }
 
     fn is_over(&self) -> bool {

@@ -27,6 +27,7 @@ fn simulate<T: 'static>(
         fibers_max: 64,
         spawns_max: 4,
         grace: Duration::from_secs(1),
+        spin: Duration::ZERO,
     };
     let counts = Arc::new(Counts::default());
     let worker = Worker::new(driver, limits, counts.clone()).unwrap();

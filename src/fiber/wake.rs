@@ -53,7 +53,13 @@ impl WakeFlags {
     /// Whether something was put into the mailbox since the last call.
     #[inline]
     pub(crate) fn take_mail(&self) -> bool {
-        self.mail.load(Ordering::Relaxed) && self.mail.swap(false, Ordering::Acquire)
+        self.has_mail() && self.mail.swap(false, Ordering::Acquire)
+    }
+
+    /// Whether [`take_mail`](WakeFlags::take_mail) would say so.
+    #[inline]
+    pub(crate) fn has_mail(&self) -> bool {
+        self.mail.load(Ordering::Relaxed)
     }
 
     /// The owner is about to wait on its ring: true if it may, false if there is mail.
@@ -61,7 +67,7 @@ impl WakeFlags {
     pub(crate) fn fall_asleep(&self) -> bool {
         self.asleep.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        if !self.mail.load(Ordering::Relaxed) {
+        if !self.has_mail() {
             return true;
         }
         self.wake_up();
