@@ -9,7 +9,7 @@
 # from the load generator, and divides the difference in instructions by the
 # difference in messages, so that start-up and connections cancel out. The
 # server is any program that prints "listening on ADDRESS" once it listens;
-# {yardstick} and {target} stand for the bench program and Cargo's target
+# {echo} and {target} stand for the bench program and Cargo's target
 # directory. Under callgrind a server is slow beside the load generator, so that
 # it finds as many events at once as the connections and depth allow: counts
 # are of large batches unless there is one connection.
@@ -17,7 +17,7 @@
 # Without valgrind, or if a server does not run under it, `perf stat` counts
 # instead where it can. --keep keeps callgrind's files, for callgrind_annotate.
 #
-# Environment: YARDSTICK names a bench program to use, and then nothing is built;
+# Environment: ECHO_BENCH names a bench program to use, and then nothing is built;
 # CARGO_TARGET_DIR as for Cargo.
 set -u -o pipefail
 export LC_ALL=C
@@ -46,17 +46,17 @@ fi
 
 cd "$(dirname "$0")/.." || exit 1
 target=${CARGO_TARGET_DIR:-target}
-if [ -z "${YARDSTICK:-}" ]; then
+if [ -z "${ECHO_BENCH:-}" ]; then
     cargo build --quiet --release --benches --examples || die "the build failed"
-    for file in "$target"/release/deps/yardstick-*; do
+    for file in "$target"/release/deps/echo-*; do
         [ -f "$file" ] && [ -x "$file" ] || continue
-        if [ -z "${YARDSTICK:-}" ] || [ "$file" -nt "$YARDSTICK" ]; then YARDSTICK=$file; fi
+        if [ -z "${ECHO_BENCH:-}" ] || [ "$file" -nt "$ECHO_BENCH" ]; then ECHO_BENCH=$file; fi
     done
-    [ -n "${YARDSTICK:-}" ] || die "no $target/release/deps/yardstick-*"
+    [ -n "${ECHO_BENCH:-}" ] || die "no $target/release/deps/echo-*"
 fi
 command=()
 for word in "$@"; do
-    word=${word//'{yardstick}'/$YARDSTICK}
+    word=${word//'{echo}'/$ECHO_BENCH}
     command+=("${word//'{target}'/$target}")
 done
 
@@ -92,7 +92,7 @@ start() {
 }
 
 load() { # $1 messages
-    "$YARDSTICK" load "${where[@]}" --connections "$connections" --size "$size" --depth "$depth" \
+    "$ECHO_BENCH" load echo "${where[@]}" --connections "$connections" --size "$size" --depth "$depth" \
         --messages "$1" --warmup 0 >"$scratch/load"
 }
 
@@ -119,7 +119,7 @@ by_perf() {
     start env || return 1
     # perf runs the load, and counts the server for as long.
     perf stat -x, -e instructions:u -p "$server" -o "$scratch/perf" -- \
-        "$YARDSTICK" load "${where[@]}" --connections "$connections" --size "$size" \
+        "$ECHO_BENCH" load echo "${where[@]}" --connections "$connections" --size "$size" \
         --depth "$depth" --messages "$1" --warmup 0 >"$scratch/load" || return 1
     stop
     total=$(awk -F, '/instructions/ { print $1 }' "$scratch/perf")

@@ -1,0 +1,470 @@
+//! Echo with io_uring: a multishot RECV per connection into a provided buffer ring.
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use clap::Args;
+use io_uring::{cqueue, opcode, types};
+
+use super::ring::{
+    ACCEPT, KIND, RECV, REGISTER_PBUF_RING, Ring, RingArgs, SEND, SEND_FLAGS, TIMER, map, register,
+};
+use super::{ListenArgs, Listening, TICKS, accept_again, accept_exhausted};
+use crate::sys::close;
+
+/// Options of this server.
+#[derive(Args)]
+pub struct MultiArgs {
+    #[command(flatten)]
+    listen: ListenArgs,
+    #[command(flatten)]
+    ring: RingArgs,
+    /// Buffers in the provided buffer ring, a power of two.
+    #[arg(long, default_value_t = 256, value_parser = buffer_count)]
+    buffers: u16,
+}
+
+fn buffer_count(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(count) if count.is_power_of_two() && count <= 1 << 15 => Ok(count),
+        _ => Err("must be a power of two up to 32768".to_owned()),
+    }
+}
+
+const NO_BUFFER: u16 = u16::MAX;
+const GROUP: u16 = 0;
+
+/// The provided buffers: the ring shared with the kernel, and for each buffer
+/// what it holds and which one is to be sent after it.
+struct Buffers {
+    entries: *mut types::BufRingEntry,
+    memory: *mut u8,
+    size: u32,
+    mask: u16,
+    tail: u16,
+    published: u16,
+    /// Buffers the kernel has filled and not got back.
+    taken: u16,
+    held: Box<[Held]>,
+}
+
+#[derive(Clone, Copy)]
+struct Held {
+    length: u32,
+    next: u16,
+}
+
+impl Buffers {
+    fn new(count: u16, size: u32, ring_fd: RawFd) -> io::Result<Self> {
+        /// `struct io_uring_buf_reg`.
+        #[repr(C)]
+        struct BufReg {
+            ring_addr: u64,
+            ring_entries: u32,
+            bgid: u16,
+            flags: u16,
+            resv: [u64; 3],
+        }
+        let bytes = usize::from(count) * size_of::<types::BufRingEntry>();
+        let entries = map(bytes, -1, 0)?;
+        let memory = map(usize::from(count) * size as usize, -1, 0)?;
+        let mut registration = BufReg {
+            ring_addr: entries as u64,
+            ring_entries: u32::from(count),
+            bgid: GROUP,
+            flags: 0,
+            resv: [0; 3],
+        };
+        register(ring_fd, REGISTER_PBUF_RING, &mut registration)?;
+        let mut buffers = Self {
+            entries: entries.cast(),
+            memory,
+            size,
+            mask: count - 1,
+            tail: 0,
+            published: 0,
+            taken: count,
+            held: vec![
+                Held {
+                    length: 0,
+                    next: NO_BUFFER
+                };
+                usize::from(count)
+            ]
+            .into_boxed_slice(),
+        };
+        for id in 0..count {
+            buffers.give_back(id);
+        }
+        buffers.publish();
+        Ok(buffers)
+    }
+
+    #[inline(always)]
+    fn address(&self, id: u16) -> *mut u8 {
+        // SAFETY: ids are below the count, for which the memory was mapped.
+        unsafe { self.memory.add(usize::from(id) * self.size as usize) }
+    }
+
+    /// Puts a buffer back; the kernel sees it when it is published.
+    #[inline(always)]
+    fn give_back(&mut self, id: u16) {
+        let address = self.address(id);
+        // SAFETY: the masked tail is within the ring, and the kernel does not read
+        // entries past the published tail.
+        let entry = unsafe { &mut *self.entries.add(usize::from(self.tail & self.mask)) };
+        entry.set_addr(address as u64);
+        entry.set_len(self.size);
+        entry.set_bid(id);
+        self.tail = self.tail.wrapping_add(1);
+    }
+
+    /// Hands the kernel the buffers put back.
+    #[inline(always)]
+    fn publish(&mut self) {
+        let count = self.tail.wrapping_sub(self.published);
+        if count > 0 {
+            self.published = self.tail;
+            self.taken = self.taken.wrapping_sub(count);
+            // SAFETY: the tail is a live, aligned u16 that the kernel only reads.
+            unsafe {
+                let tail = types::BufRingEntry::tail(self.entries).cast::<AtomicU16>();
+                (*tail).store(self.tail, Ordering::Release);
+            }
+        }
+    }
+
+    fn available(&self) -> usize {
+        self.held.len() - usize::from(self.taken)
+    }
+}
+
+struct MultiConn {
+    fd: RawFd,
+    /// How much of the first buffer has been sent.
+    sent: u32,
+    /// The tick of the last receive.
+    seen: u32,
+    /// Buffers to send, in order; a SEND of the first one is always in flight.
+    first: u16,
+    last: u16,
+    /// A multishot RECV is in flight.
+    receiving: bool,
+    /// Listed as waiting for a buffer.
+    starved: bool,
+    /// Nothing more is received, and the connection closes when all is sent.
+    ending: bool,
+}
+
+struct Multi {
+    ring: Ring,
+    listening: Listening,
+    buffers: Buffers,
+    connections: Vec<MultiConn>,
+    free: Vec<u32>,
+    starved: VecDeque<u32>,
+    accepting: bool,
+    tick: u32,
+    timer: Option<&'static types::Timespec>,
+}
+
+/// The multishot server. SENDs of one connection follow one another, since two
+/// in flight could be reordered; the buffers waiting form a list per connection.
+pub fn serve(args: &MultiArgs) -> io::Result<()> {
+    let listening = Listening::open(&args.listen)?;
+    let ring = Ring::open(&args.ring)?;
+    let buffers = Buffers::new(args.buffers, args.listen.buffer, ring.fd)?;
+    let mut server = Multi {
+        ring,
+        listening,
+        buffers,
+        connections: Vec::new(),
+        free: Vec::new(),
+        starved: VecDeque::new(),
+        accepting: false,
+        tick: 0,
+        timer: args
+            .listen
+            .timeout
+            .map(|timeout| &*Box::leak(Box::new(types::Timespec::from(timeout / TICKS)))),
+    };
+    server.accept()?;
+    server.start_timer()?;
+    server.listening.announce()?;
+    server.run()
+}
+
+impl Multi {
+    #[inline(never)]
+    fn run(&mut self) -> io::Result<()> {
+        let mut want = 1;
+        loop {
+            self.ring.enter(want)?;
+            want = 1;
+            while let Some(cqe) = self.ring.next() {
+                let (kind, index) = (cqe.user_data & KIND, (cqe.user_data >> 2) as u32);
+                if kind == RECV {
+                    self.received(index, cqe.result, cqe.flags)?;
+                } else if kind == SEND {
+                    self.sent(index, cqe.result)?;
+                } else if kind == ACCEPT {
+                    self.accepted(cqe.result, cqueue::more(cqe.flags))?;
+                } else {
+                    self.ticked()?;
+                }
+            }
+            self.buffers.publish();
+            if !self.starved.is_empty() && self.buffers.available() > 0 {
+                want = self.feed()?;
+            }
+        }
+    }
+
+    fn accept(&mut self) -> io::Result<()> {
+        self.accepting = true;
+        let entry = opcode::AcceptMulti::new(types::Fd(self.listening.fd))
+            .flags(libc::SOCK_CLOEXEC)
+            .build()
+            .user_data(ACCEPT);
+        self.ring.push(entry)
+    }
+
+    #[cold]
+    fn accepted(&mut self, result: i32, more: bool) -> io::Result<()> {
+        self.accepting = more;
+        if result < 0 {
+            return if more || accept_exhausted(-result) {
+                Ok(()) // accepting goes on when a connection closes
+            } else if accept_again(-result) {
+                self.accept()
+            } else {
+                Err(io::Error::from_raw_os_error(-result))
+            };
+        }
+        self.listening.prepare(result);
+        let index = self.free.pop().unwrap_or(self.connections.len() as u32);
+        let connection = MultiConn {
+            fd: result,
+            sent: 0,
+            seen: self.tick,
+            first: NO_BUFFER,
+            last: NO_BUFFER,
+            receiving: false,
+            starved: false,
+            ending: false,
+        };
+        if index as usize == self.connections.len() {
+            self.connections.push(connection);
+        } else {
+            self.connections[index as usize] = connection;
+        }
+        self.receive(index)?;
+        if !more {
+            self.accept()?;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, index: u32) -> io::Result<()> {
+        let connection = &mut self.connections[index as usize];
+        connection.receiving = true;
+        let entry = opcode::RecvMulti::new(types::Fd(connection.fd), GROUP)
+            .build()
+            .user_data(u64::from(index) << 2 | RECV);
+        self.ring.push(entry)
+    }
+
+    #[inline(always)]
+    fn received(&mut self, index: u32, result: i32, flags: u32) -> io::Result<()> {
+        let (Some(id), true) = (cqueue::buffer_select(flags), result > 0) else {
+            return self.receive_failed(index, result, flags);
+        };
+        let connection = &mut self.connections[index as usize];
+        connection.seen = self.tick;
+        self.buffers.taken = self.buffers.taken.wrapping_add(1);
+        let held = &mut self.buffers.held[usize::from(id)];
+        held.length = result as u32;
+        held.next = NO_BUFFER;
+        let idle = connection.first == NO_BUFFER;
+        if idle {
+            connection.first = id;
+            connection.last = id;
+            connection.sent = 0;
+        } else {
+            self.buffers.held[usize::from(connection.last)].next = id;
+            connection.last = id;
+        }
+        let more = cqueue::more(flags);
+        if idle {
+            let fd = connection.fd;
+            self.send(index, fd, id, 0, result as u32)?;
+        }
+        if more {
+            Ok(())
+        } else {
+            self.receive_ended(index)
+        }
+    }
+
+    /// A multishot RECV ended after a receive that succeeded: start another.
+    #[cold]
+    fn receive_ended(&mut self, index: u32) -> io::Result<()> {
+        let connection = &mut self.connections[index as usize];
+        connection.receiving = false;
+        if connection.ending {
+            return self.close_if_done(index);
+        }
+        self.receive(index)
+    }
+
+    #[cold]
+    fn receive_failed(&mut self, index: u32, result: i32, flags: u32) -> io::Result<()> {
+        if let Some(id) = cqueue::buffer_select(flags) {
+            self.buffers.taken = self.buffers.taken.wrapping_add(1);
+            self.buffers.give_back(id);
+        }
+        if cqueue::more(flags) {
+            return Ok(());
+        }
+        let connection = &mut self.connections[index as usize];
+        connection.receiving = false;
+        match -result {
+            _ if connection.ending => {}
+            libc::ENOBUFS => {
+                connection.starved = true;
+                self.starved.push_back(index);
+                return Ok(());
+            }
+            libc::EINTR | libc::EAGAIN => return self.receive(index),
+            _ => connection.ending = true,
+        }
+        self.close_if_done(index)
+    }
+
+    /// Receives again on connections that found no buffer, one for each that is
+    /// back. A connection takes a buffer only if its data is there, so those
+    /// left over must be tried without waiting; returns how much to wait for.
+    #[cold]
+    fn feed(&mut self) -> io::Result<u32> {
+        for _ in 0..self.buffers.available() {
+            let Some(index) = self.starved.pop_front() else {
+                break;
+            };
+            let connection = &mut self.connections[index as usize];
+            connection.starved = false;
+            if connection.ending {
+                self.close_if_done(index)?;
+            } else {
+                self.receive(index)?;
+            }
+        }
+        Ok(u32::from(self.starved.is_empty()))
+    }
+
+    /// Queues a SEND of a buffer's bytes from `sent` to `length`.
+    #[inline(always)]
+    fn send(&mut self, index: u32, fd: RawFd, id: u16, sent: u32, length: u32) -> io::Result<()> {
+        // SAFETY: `sent` never exceeds the length of what the buffer holds.
+        let start = unsafe { self.buffers.address(id).add(sent as usize) };
+        let entry = opcode::Send::new(types::Fd(fd), start, length - sent)
+            .flags(SEND_FLAGS)
+            .build()
+            .user_data(u64::from(index) << 2 | SEND);
+        self.ring.push(entry)
+    }
+
+    #[inline(always)]
+    fn sent(&mut self, index: u32, result: i32) -> io::Result<()> {
+        let connection = &mut self.connections[index as usize];
+        let id = connection.first;
+        let Held { length, next } = self.buffers.held[usize::from(id)];
+        if result as u32 != length - connection.sent {
+            return self.sent_short(index, result);
+        }
+        connection.first = next;
+        connection.sent = 0;
+        let (fd, ending) = (connection.fd, connection.ending);
+        self.buffers.give_back(id);
+        if next != NO_BUFFER {
+            let length = self.buffers.held[usize::from(next)].length;
+            self.send(index, fd, next, 0, length)
+        } else if ending {
+            self.close_if_done(index)
+        } else {
+            Ok(())
+        }
+    }
+
+    #[cold]
+    fn sent_short(&mut self, index: u32, result: i32) -> io::Result<()> {
+        let connection = &mut self.connections[index as usize];
+        if result > 0 || matches!(-result, libc::EINTR | libc::EAGAIN) {
+            connection.sent += result.max(0) as u32;
+            let (fd, id, sent) = (connection.fd, connection.first, connection.sent);
+            let length = self.buffers.held[usize::from(id)].length;
+            return self.send(index, fd, id, sent, length);
+        }
+        while connection.first != NO_BUFFER {
+            let id = connection.first;
+            connection.first = self.buffers.held[usize::from(id)].next;
+            self.buffers.give_back(id);
+        }
+        self.end(index);
+        self.close_if_done(index)
+    }
+
+    /// Makes the operations in flight on a connection come to their end.
+    #[cold]
+    fn end(&mut self, index: u32) {
+        let connection = &mut self.connections[index as usize];
+        connection.ending = true;
+        // SAFETY: plain system call on a descriptor the connection owns.
+        unsafe {
+            libc::shutdown(connection.fd, libc::SHUT_RDWR);
+        }
+    }
+
+    #[cold]
+    fn close_if_done(&mut self, index: u32) -> io::Result<()> {
+        let connection = &mut self.connections[index as usize];
+        let done = connection.ending
+            && !connection.receiving
+            && !connection.starved
+            && connection.first == NO_BUFFER;
+        if done && connection.fd >= 0 {
+            close(std::mem::replace(&mut connection.fd, -1));
+            self.free.push(index);
+            if !self.accepting {
+                self.accept()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn start_timer(&mut self) -> io::Result<()> {
+        let Some(period) = self.timer else {
+            return Ok(());
+        };
+        let entry = opcode::Timeout::new(period).build().user_data(TIMER);
+        self.ring.push(entry)
+    }
+
+    #[cold]
+    fn ticked(&mut self) -> io::Result<()> {
+        self.tick = self.tick.wrapping_add(1);
+        for index in 0..self.connections.len() {
+            let connection = &self.connections[index];
+            if connection.fd >= 0
+                && !connection.ending
+                && self.tick.wrapping_sub(connection.seen) > TICKS
+            {
+                self.end(index as u32);
+                self.close_if_done(index as u32)?;
+            }
+        }
+        self.start_timer()
+    }
+}

@@ -1,0 +1,93 @@
+//! System calls that servers and loads share, with errors one can match on.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::RawFd;
+
+/// Turns the -1 of a system call into the error it stands for.
+pub fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+pub fn other(message: impl Into<String>) -> io::Error {
+    io::Error::other(message.into())
+}
+
+pub fn raise_file_limit() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: both calls are given a valid rlimit.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}
+
+pub fn close(fd: RawFd) {
+    // SAFETY: the callers own the descriptor and forget it here.
+    unsafe {
+        libc::close(fd);
+    }
+}
+
+/// recv(2), a negative error number on failure.
+#[inline(always)]
+pub fn recv(fd: RawFd, buffer: &mut [u8]) -> isize {
+    // SAFETY: the buffer is valid for writes of its length.
+    let result = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+    if result < 0 { -errno() } else { result }
+}
+
+/// send(2) without SIGPIPE, a negative error number on failure.
+#[inline(always)]
+pub fn send(fd: RawFd, buffer: &[u8]) -> isize {
+    // SAFETY: the buffer is valid for reads of its length.
+    let result =
+        unsafe { libc::send(fd, buffer.as_ptr().cast(), buffer.len(), libc::MSG_NOSIGNAL) };
+    if result < 0 { -errno() } else { result }
+}
+
+pub fn errno() -> isize {
+    // SAFETY: the location is always valid for the calling thread.
+    unsafe { *libc::__errno_location() as isize }
+}
+
+pub const EVENTS: usize = 256;
+
+pub fn epoll_open() -> io::Result<RawFd> {
+    // SAFETY: plain system call.
+    check(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })
+}
+
+pub fn epoll_set(poll: RawFd, operation: i32, fd: RawFd, events: u32, data: u64) -> io::Result<()> {
+    let mut event = libc::epoll_event { events, u64: data };
+    // SAFETY: the event is valid for the call.
+    check(unsafe { libc::epoll_ctl(poll, operation, fd, &mut event) }).map(drop)
+}
+
+/// epoll_wait(2); an interruption counts as no events.
+#[inline(always)]
+pub fn epoll_wait(
+    poll: RawFd,
+    events: &mut [libc::epoll_event; EVENTS],
+    timeout: i32,
+) -> io::Result<usize> {
+    // SAFETY: the array is valid for as many events as are asked for.
+    let count = unsafe { libc::epoll_wait(poll, events.as_mut_ptr(), EVENTS as i32, timeout) };
+    if count < 0 {
+        let error = io::Error::last_os_error();
+        return match error.kind() {
+            io::ErrorKind::Interrupted => Ok(0),
+            _ => Err(error),
+        };
+    }
+    Ok(count as usize)
+}
