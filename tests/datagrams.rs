@@ -950,6 +950,27 @@ fn seqpackets_keep_boundaries_and_end() {
     });
 }
 
+/// As for recv(2), MSG_WAITALL means nothing here: a packet is all there is to wait for.
+#[test]
+fn waiting_for_all_ends_with_the_packet() {
+    on_both(|| {
+        for timeout in [None, Some(LONG)] {
+            let (left, right) = socketpair_with(AF_UNIX, SOCK_SEQPACKET, 0).unwrap();
+            right.settimeout(timeout).unwrap();
+            for packet in ["one", "two", "three", "four"] {
+                left.send(packet.as_bytes()).unwrap();
+            }
+            // So that a receive which goes on ends as well.
+            left.shutdown(SHUT_WR).unwrap();
+            assert_eq!(right.recv_with(16, MSG_WAITALL).unwrap(), b"one");
+            assert_eq!(right.recvfrom_with(16, MSG_WAITALL).unwrap().0, b"two");
+            let message = right.recvmsg_with(16, 64, MSG_WAITALL).unwrap();
+            assert_eq!(message.data, b"three");
+            assert_eq!(right.recv_with(16, MSG_WAITALL).unwrap(), b"four");
+        }
+    });
+}
+
 // Beside Python.
 
 /// A python3 that runs `script`, or `None`, said on a line.

@@ -283,7 +283,7 @@ impl Socket {
     ) -> Result<(usize, Option<Address>)> {
         let mut message = Incoming::new();
         let mut piece = Piece::NONE;
-        let flags = flags.bits();
+        let flags = self.flags_for_ring(flags);
         // For no bytes recvfrom(2) does not wait on TCP; the ring would.
         let waits_in_vain = buffer.is_empty()
             && self.timeout_ns() < 0

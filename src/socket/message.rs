@@ -512,7 +512,7 @@ impl Socket {
             return Err(Error::Value(text.into()));
         }
         let mut message = Incoming::with_control(ancbufsize)?;
-        let flags = flags.bits() | libc::MSG_CMSG_CLOEXEC;
+        let flags = self.flags_for_ring(flags) | libc::MSG_CMSG_CLOEXEC;
         if flags & libc::MSG_WAITALL != 0
             && self.0.family == AF_UNIX
             && self.0.kind == SOCK_STREAM
@@ -567,8 +567,7 @@ impl Socket {
             let is_last = nbytes == 0
                 || part.nbytes >= size
                 || !part.ancdata.is_empty()
-                || part.flags != MsgFlags::default()
-                || flags & libc::MSG_PEEK != 0;
+                || part.flags != MsgFlags::default();
             if is_last {
                 return Ok(part);
             }
