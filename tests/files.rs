@@ -7,7 +7,8 @@ use std::fs::File;
 use std::io::{self, BufRead, ErrorKind, IoSlice, Read, Seek, Write, pipe};
 use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -317,6 +318,41 @@ fn close_ends_a_sendfile_that_waits_for_room_or_for_its_source() {
         }
         drop((right, writer));
     });
+}
+
+#[test]
+fn a_mode_that_is_set_beside_a_sendfile_stays() {
+    let (left, right) = socketpair().unwrap();
+    let (sender, other) = (left.clone(), left.clone());
+    let is_over = Arc::new(AtomicBool::new(false));
+    let told = is_over.clone();
+    let sending = thread::spawn(move || {
+        let source = file(&bytes(4096));
+        while !told.load(Ordering::SeqCst) {
+            match sender.sendfile(&source, 0, None) {
+                Ok(sent) => assert_eq!(sent, 4096),
+                Err(error) => panic!("{error}"),
+            }
+        }
+        sender.shutdown(SHUT_WR).unwrap();
+    });
+    let receiving = thread::spawn(move || while !right.recv(1 << 16).unwrap().is_empty() {});
+    let mut lost = 0;
+    for _ in 0..20_000 {
+        other.settimeout(LONG).unwrap();
+        thread::yield_now();
+        // SAFETY: no memory is passed.
+        let flags = unsafe { libc::fcntl(other.as_raw_fd(), libc::F_GETFL) };
+        lost += u32::from(flags & libc::O_NONBLOCK == 0);
+        other.settimeout(None).unwrap();
+    }
+    is_over.store(true, Ordering::SeqCst);
+    sending.join().unwrap();
+    receiving.join().unwrap();
+    assert_eq!(lost, 0);
+    // SAFETY: no memory is passed.
+    let flags = unsafe { libc::fcntl(left.as_raw_fd(), libc::F_GETFL) };
+    assert_eq!(flags & libc::O_NONBLOCK, 0);
 }
 
 /// With room for all of it there is nothing to wait for, and still the others have their turns.

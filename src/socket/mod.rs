@@ -1101,13 +1101,17 @@ impl Socket {
         if timeout_ns == BLOCKING {
             store();
         }
-        let set_flag = || sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING);
+        // With the flag, so that whoever sets the flag back for a while sees what it is to be.
+        let set_flag = || {
+            let result = sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING);
+            store();
+            result
+        };
         let result = self
             .check_open()
+            .inspect_err(|_| store())
             .and_then(|()| sys::check(self.0.inflight.exclusively(set_flag)));
-        if timeout_ns != BLOCKING {
-            store();
-        } else if self.0.has_option_timeouts.load(Ordering::SeqCst) {
+        if timeout_ns == BLOCKING && self.0.has_option_timeouts.load(Ordering::SeqCst) {
             self.replace_timeout(BLOCKING, BY_OPTION);
         }
         result.map(drop)
