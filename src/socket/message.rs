@@ -30,6 +30,9 @@ const HEADER: usize = size_of::<libc::cmsghdr>();
 const ALIGNMENT: usize = size_of::<usize>();
 const _: () = assert!(HEADER == ALIGNMENT + 8 && ALIGNMENT <= size_of::<ControlWord>());
 
+/// `SCM_PIDFD` of linux/socket.h, which the libc crate lacks.
+const SCM_PIDFD: i32 = 4;
+
 /// The most bytes of control data, Python's limit.
 const CONTROL_BYTES_MAX: usize = i32::MAX as usize;
 
@@ -106,6 +109,9 @@ pub enum Ancillary {
     Rights(Vec<OwnedFd>),
     /// The sender (`SCM_CREDENTIALS`), with `SO_PASSCRED` set on the receiver.
     Credentials(Credentials),
+    /// A descriptor of the sender (`SCM_PIDFD`, Linux 6.5), with `SO_PASSPIDFD` set on the receiver; see `pidfd_open(2)`. Dropping
+    /// closes it.
+    PidFd(OwnedFd),
     /// When the message arrived, with `SO_TIMESTAMP` (microseconds) or `SO_TIMESTAMPNS` (nanoseconds) set.
     Timestamp(SystemTime),
     /// Where an IPv4 datagram was sent to (`IP_PKTINFO`).
@@ -766,7 +772,7 @@ impl<'a> Iterator for Items<'a> {
 
 impl Item<'_> {
     /// By its meaning, if it has the right length for it. `own` makes owners of the descriptors.
-    fn decode(&self, own: impl FnMut(RawFd) -> OwnedFd) -> Ancillary {
+    fn decode(&self, mut own: impl FnMut(RawFd) -> OwnedFd) -> Ancillary {
         let decoded = match (self.level, self.kind) {
             (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
                 let fds = self
@@ -778,6 +784,11 @@ impl Item<'_> {
                 Some(Ancillary::Rights(
                     fds.filter(|fd| *fd >= 0).map(own).collect(),
                 ))
+            }
+            // Negative: the errno for which there is none.
+            (libc::SOL_SOCKET, SCM_PIDFD) => {
+                let fd = self.int().filter(|fd| *fd >= 0);
+                fd.map(|fd| Ancillary::PidFd(own(fd)))
             }
             (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) => self.credentials(),
             (libc::SOL_SOCKET, libc::SCM_TIMESTAMP) => self.timestamp(1_000),
