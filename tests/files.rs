@@ -321,6 +321,27 @@ fn close_ends_a_sendfile_that_waits_for_room_or_for_its_source() {
 }
 
 #[test]
+fn sendfile_ends_by_cancel_and_deadline_though_it_need_not_wait() {
+    on_both(|| {
+        let (left, right) = socketpair().unwrap();
+        let source = file(b"short");
+        let sent = ringsock::timeout(0, || left.sendfile(&source, 0, None));
+        assert_eq!(sent, Err(Error::Timeout));
+        assert_eq!(
+            ringsock::timeout(LONG, || left.sendfile(&source, 0, None)),
+            Ok(5)
+        );
+        assert_eq!(right.recv(100).unwrap(), b"short");
+    });
+    run(|| {
+        let (left, _right) = socketpair().unwrap();
+        let sending = spawn(move || left.sendfile(file(b"short"), 0, None));
+        sending.cancel();
+        assert_eq!(sending.join().unwrap(), Err(Error::Cancelled));
+    });
+}
+
+#[test]
 fn a_mode_that_is_set_beside_a_sendfile_stays() {
     let (left, right) = socketpair().unwrap();
     let (sender, other) = (left.clone(), left.clone());

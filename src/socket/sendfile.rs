@@ -113,6 +113,9 @@ impl Socket {
             if wanted == 0 {
                 return Ok(());
             }
+            if let Some(code) = fiber::outcome_so_far() {
+                return Err(error_from_outcome(code));
+            }
             let position = transfer.position()?;
             let sent =
                 self.without_waiting(|| sys::sendfile(self.0.fd, transfer.file, position, wanted));
