@@ -239,6 +239,22 @@ fn waiting_for_all_ends_at_descriptors_and_loses_none() {
 }
 
 #[test]
+fn waiting_for_all_tells_of_descriptors_that_had_no_room() {
+    on_both(|| {
+        let (left, right) = socketpair().unwrap();
+        let (reader, writer) = pipe().unwrap();
+        send_fds(&left, &[IoSlice::new(b"12")], &[writer.as_fd()]).unwrap();
+        left.sendall(b"34").unwrap();
+        drop(writer);
+        let message = right.recvmsg_with(4, 0, MSG_WAITALL).unwrap();
+        assert_eq!((&message.data[..], message.flags), (&b"12"[..], MSG_CTRUNC));
+        let message = right.recvmsg_with(2, 0, MSG_WAITALL).unwrap();
+        assert_eq!((&message.data[..], message.flags), (&b"34"[..], none()));
+        assert!(ends(&reader));
+    });
+}
+
+#[test]
 fn waiting_for_all_returns_at_its_deadline_what_came() {
     on_both(|| {
         let (left, right) = socketpair().unwrap();

@@ -519,10 +519,7 @@ impl Socket {
         }
         let mut message = Incoming::with_control(ancbufsize)?;
         let flags = self.flags_for_ring(flags) | libc::MSG_CMSG_CLOEXEC;
-        if flags & libc::MSG_WAITALL != 0
-            && self.0.family == AF_UNIX
-            && self.0.kind == SOCK_STREAM
-            && ancbufsize > 0
+        if flags & libc::MSG_WAITALL != 0 && self.0.family == AF_UNIX && self.0.kind == SOCK_STREAM
         {
             return self.recvmsg_all(&mut room, size, &mut message, flags & !libc::MSG_WAITALL);
         }
@@ -536,10 +533,10 @@ impl Socket {
         Ok(taken_apart(nbytes, &mut message))
     }
 
-    /// MSG_WAITALL on an AF_UNIX stream with room for control data: piece by piece, until it is all there or control data came.
+    /// MSG_WAITALL on an AF_UNIX stream: piece by piece, until it is all there or control data came.
     ///
     /// The ring does not stop at control data as recvmsg(2) does: it goes on and reports the last piece's, so that descriptors that
-    /// came before would be lost, and stay open.
+    /// came before would be lost, and stay open; and where there is no room for them, nothing would tell of them.
     fn recvmsg_all(
         &self,
         room: &mut Scatter<'_>,
