@@ -578,6 +578,11 @@ fn a_file_that_timed_out_is_read_no_more_but_written() {
         let (left, right) = socketpair().unwrap();
         left.settimeout(0.02).unwrap();
         let mut file = left.makefile("rw").unwrap();
+        assert_eq!(
+            file.read(&mut []).unwrap(),
+            0,
+            "for nothing it need not wait"
+        );
         right.sendall(b"whole\nha").unwrap();
         assert_eq!(file.readline().unwrap(), "whole\n");
         assert_eq!(file.readline().unwrap_err().kind(), ErrorKind::TimedOut);
