@@ -569,10 +569,8 @@ impl Drop for LastWords {
             left.sendall(b"in ")?;
             let sender = left.clone();
             let sending = thread::spawn(move || {
-                let pieces = ["some ", "pieces"].iter();
-                pieces
-                    .map(|piece| sender.sendall(piece.as_bytes()))
-                    .collect::<Result<()>>()
+                let mut pieces = ["some ", "pieces"].iter();
+                pieces.try_for_each(|piece| sender.sendall(piece.as_bytes()))
             });
             assert_eq!(right.recv_with(14, MSG_WAITALL)?, b"in some pieces");
             sending.join().unwrap()?;
