@@ -482,11 +482,39 @@ pub(crate) fn close(fd: RawFd) -> i32 {
 
 /// Reads an option into `value`: the number of bytes the kernel wrote.
 pub(crate) fn getsockopt(fd: RawFd, level: i32, option: i32, value: &mut [u8]) -> i32 {
+    if level == libc::SOL_SOCKET && option == libc::SO_GET_FILTER {
+        return socket_filter(fd, value);
+    }
     let mut len = value.len() as libc::socklen_t;
     // SAFETY: `len` holds the size of `value`; both live through the call.
     let returned =
         unsafe { libc::getsockopt(fd, level, option, value.as_mut_ptr().cast(), &mut len) };
     if returned < 0 { -errno() } else { len as i32 }
+}
+
+/// SO_GET_FILTER, whose lengths count instructions where those of all others count bytes: with the size of `value` in bytes the
+/// kernel would write eight times as much.
+#[cold]
+fn socket_filter(fd: RawFd, value: &mut [u8]) -> i32 {
+    const INSTRUCTION: usize = size_of::<libc::sock_filter>();
+    let room = value.len() / INSTRUCTION;
+    let mut count = room as libc::socklen_t;
+    // SAFETY: the kernel writes at most `count` instructions, which fit in `value`; both live through the call.
+    let returned = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_GET_FILTER,
+            value.as_mut_ptr().cast(),
+            &mut count,
+        )
+    };
+    match count as usize {
+        _ if returned < 0 => -errno(),
+        // Asked for none, the kernel only counts them.
+        count if count > room => -libc::EINVAL,
+        count => (count * INSTRUCTION) as i32,
+    }
 }
 
 /// What became of a connect that was under way (`SO_ERROR`): 0, or why it failed.
@@ -743,6 +771,33 @@ mod tests {
                 .as_raw_fd(),
             fd
         );
+    }
+
+    #[test]
+    fn a_socket_filter_stays_within_the_bytes_there_are() {
+        let fd = socket(libc::AF_INET, libc::SOCK_DGRAM, 0).unwrap();
+        use std::os::fd::AsRawFd;
+        let fd = fd.as_raw_fd();
+        let get = |value: &mut [u8]| getsockopt(fd, libc::SOL_SOCKET, libc::SO_GET_FILTER, value);
+        assert_eq!(get(&mut [0; 4]), 0, "there is none");
+        // BPF_RET | BPF_K, twice: "accept 65,535 bytes".
+        let filter = [[6u8, 0, 0, 0, 0xff, 0xff, 0, 0]; 2];
+        let program = [2, filter.as_ptr() as usize];
+        let program = program.map(usize::to_ne_bytes);
+        let option = libc::SO_ATTACH_FILTER;
+        let attached = setsockopt(fd, libc::SOL_SOCKET, option, program.as_flattened());
+        assert_eq!(attached, 0);
+        for room in 0..24 {
+            let mut memory = [0xaa; 64];
+            let len = get(&mut memory[..room]);
+            assert!(memory[room..].iter().all(|byte| *byte == 0xaa), "{room}");
+            if room < 16 {
+                assert_eq!(len, -libc::EINVAL, "{room}");
+            } else {
+                assert_eq!(len, 16);
+                assert_eq!(memory[..16], *filter.as_flattened());
+            }
+        }
     }
 
     #[test]

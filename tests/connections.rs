@@ -876,6 +876,8 @@ fn typed_options_are_those_that_std_sees() {
             .set_linger(Some(Duration::from_millis(1500)))
             .unwrap();
         assert_eq!(client.linger().unwrap(), Some(Duration::from_secs(2)));
+        client.set_linger(Some(Duration::MAX)).unwrap();
+        assert!(client.linger().unwrap() >= Some(Duration::from_secs(1 << 20)));
         client.set_linger(None).unwrap();
         assert_eq!(client.linger().unwrap(), None);
         client

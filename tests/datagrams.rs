@@ -950,6 +950,73 @@ fn seqpackets_keep_boundaries_and_end() {
     });
 }
 
+/// Room is there when all look, and for the first one only when they send. That is not the receiver's.
+#[test]
+fn senders_that_share_a_socket_wait_for_its_room_in_turn() {
+    run(|| {
+        let sender = unix();
+        sender.bind("").unwrap();
+        let receiver = unix();
+        receiver.bind("").unwrap();
+        // It hears nobody else, and nobody else may connect to it.
+        receiver.connect(sender.getsockname().unwrap()).unwrap();
+        let pair = socketpair_with(AF_UNIX, SOCK_SEQPACKET, 0).unwrap();
+        let address = receiver.getsockname().unwrap();
+        let nowhere = Address::from(UnixAddr::Path("/nonexistent/socket".into()));
+        for (sender, receiver, address) in [(sender, receiver, address), (pair.0, pair.1, nowhere)]
+        {
+            const EACH: usize = 20;
+            // Room for one message of 4,000 bytes.
+            sender.setsockopt(SOL_SOCKET, SO_SNDBUF, 4096).unwrap();
+            let senders: Vec<_> = (0..4)
+                .map(|_| {
+                    let (sender, address) = (sender.clone(), address.clone());
+                    spawn(move || {
+                        for _ in 0..EACH {
+                            assert_eq!(sender.sendto(&[7; 4000], &address)?, 4000);
+                        }
+                        Ok::<(), Error>(())
+                    })
+                })
+                .collect();
+            // Ended by a sender that fails.
+            receiver.settimeout(10.0).unwrap();
+            let mut received = 0;
+            while let Ok(message) = receiver.recv(5000) {
+                assert_eq!(message, [7; 4000]);
+                received += 1;
+                if received == senders.len() * EACH {
+                    break;
+                }
+            }
+            for sender in senders {
+                sender.join().unwrap().unwrap();
+            }
+        }
+    });
+}
+
+/// As for recv(2), MSG_WAITALL means nothing here: a packet is all there is to wait for.
+#[test]
+fn waiting_for_all_ends_with_the_packet() {
+    on_both(|| {
+        for timeout in [None, Some(LONG)] {
+            let (left, right) = socketpair_with(AF_UNIX, SOCK_SEQPACKET, 0).unwrap();
+            right.settimeout(timeout).unwrap();
+            for packet in ["one", "two", "three", "four"] {
+                left.send(packet.as_bytes()).unwrap();
+            }
+            // So that a receive which goes on ends as well.
+            left.shutdown(SHUT_WR).unwrap();
+            assert_eq!(right.recv_with(16, MSG_WAITALL).unwrap(), b"one");
+            assert_eq!(right.recvfrom_with(16, MSG_WAITALL).unwrap().0, b"two");
+            let message = right.recvmsg_with(16, 64, MSG_WAITALL).unwrap();
+            assert_eq!(message.data, b"three");
+            assert_eq!(right.recv_with(16, MSG_WAITALL).unwrap(), b"four");
+        }
+    });
+}
+
 // Beside Python.
 
 /// A python3 that runs `script`, or `None`, said on a line.

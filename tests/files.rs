@@ -7,7 +7,8 @@ use std::fs::File;
 use std::io::{self, BufRead, ErrorKind, IoSlice, Read, Seek, Write, pipe};
 use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -319,6 +320,62 @@ fn close_ends_a_sendfile_that_waits_for_room_or_for_its_source() {
     });
 }
 
+#[test]
+fn sendfile_ends_by_cancel_and_deadline_though_it_need_not_wait() {
+    on_both(|| {
+        let (left, right) = socketpair().unwrap();
+        let source = file(b"short");
+        let sent = ringsock::timeout(0, || left.sendfile(&source, 0, None));
+        assert_eq!(sent, Err(Error::Timeout));
+        assert_eq!(
+            ringsock::timeout(LONG, || left.sendfile(&source, 0, None)),
+            Ok(5)
+        );
+        assert_eq!(right.recv(100).unwrap(), b"short");
+    });
+    run(|| {
+        let (left, _right) = socketpair().unwrap();
+        let sending = spawn(move || left.sendfile(file(b"short"), 0, None));
+        sending.cancel();
+        assert_eq!(sending.join().unwrap(), Err(Error::Cancelled));
+    });
+}
+
+#[test]
+fn a_mode_that_is_set_beside_a_sendfile_stays() {
+    let (left, right) = socketpair().unwrap();
+    let (sender, other) = (left.clone(), left.clone());
+    let is_over = Arc::new(AtomicBool::new(false));
+    let told = is_over.clone();
+    let sending = thread::spawn(move || {
+        let source = file(&bytes(4096));
+        while !told.load(Ordering::SeqCst) {
+            match sender.sendfile(&source, 0, None) {
+                Ok(sent) => assert_eq!(sent, 4096),
+                Err(error) => panic!("{error}"),
+            }
+        }
+        sender.shutdown(SHUT_WR).unwrap();
+    });
+    let receiving = thread::spawn(move || while !right.recv(1 << 16).unwrap().is_empty() {});
+    let mut lost = 0;
+    for _ in 0..20_000 {
+        other.settimeout(LONG).unwrap();
+        thread::yield_now();
+        // SAFETY: no memory is passed.
+        let flags = unsafe { libc::fcntl(other.as_raw_fd(), libc::F_GETFL) };
+        lost += u32::from(flags & libc::O_NONBLOCK == 0);
+        other.settimeout(None).unwrap();
+    }
+    is_over.store(true, Ordering::SeqCst);
+    sending.join().unwrap();
+    receiving.join().unwrap();
+    assert_eq!(lost, 0);
+    // SAFETY: no memory is passed.
+    let flags = unsafe { libc::fcntl(left.as_raw_fd(), libc::F_GETFL) };
+    assert_eq!(flags & libc::O_NONBLOCK, 0);
+}
+
 /// With room for all of it there is nothing to wait for, and still the others have their turns.
 #[test]
 fn other_fibers_run_beside_a_sendfile() {
@@ -521,6 +578,11 @@ fn a_file_that_timed_out_is_read_no_more_but_written() {
         let (left, right) = socketpair().unwrap();
         left.settimeout(0.02).unwrap();
         let mut file = left.makefile("rw").unwrap();
+        assert_eq!(
+            file.read(&mut []).unwrap(),
+            0,
+            "for nothing it need not wait"
+        );
         right.sendall(b"whole\nha").unwrap();
         assert_eq!(file.readline().unwrap(), "whole\n");
         assert_eq!(file.readline().unwrap_err().kind(), ErrorKind::TimedOut);

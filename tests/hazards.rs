@@ -566,7 +566,19 @@ impl Drop for LastWords {
         let exchange = || {
             left.sendall(b"last words")?;
             assert_eq!(right.recv(100)?, b"last words");
+            left.sendall(b"in ")?;
+            let sender = left.clone();
+            let sending = thread::spawn(move || {
+                let mut pieces = ["some ", "pieces"].iter();
+                pieces.try_for_each(|piece| sender.sendall(piece.as_bytes()))
+            });
+            assert_eq!(right.recv_with(14, MSG_WAITALL)?, b"in some pieces");
+            sending.join().unwrap()?;
+            left.sendall(b"half")?;
             right.settimeout(0.01)?;
+            let start = Instant::now();
+            assert_eq!(right.recv_with(8, MSG_WAITALL)?, b"half");
+            assert!(start.elapsed() >= Duration::from_millis(9));
             assert_eq!(right.recv(1), Err(Error::Timeout));
             left.close()?;
             assert!(right.recv(1)?.is_empty());

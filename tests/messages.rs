@@ -165,6 +165,41 @@ fn descriptors_that_nobody_takes_are_closed() {
 }
 
 #[test]
+fn descriptors_of_the_sender_have_an_owner() {
+    // linux/socket.h, Linux 6.5; the libc crate lacks it.
+    const SO_PASSPIDFD: i32 = 76;
+    let open = || {
+        let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+        let links = fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+        links
+            .filter(|link| link.to_string_lossy().contains("[pidfd]"))
+            .count()
+    };
+    let (left, right) = socketpair().unwrap();
+    if let Err(error) = right.setsockopt(SOL_SOCKET, SO_PASSPIDFD, 1) {
+        println!("skipped: no SO_PASSPIDFD: {error}");
+        return;
+    }
+    left.sendall(b"mine").unwrap();
+    let room = CMSG_SPACE(4).unwrap();
+    let message = right.recvmsg_with(16, room, none()).unwrap();
+    let [Ancillary::PidFd(fd)] = &message.ancdata[..] else {
+        panic!("{:?}", message.ancdata);
+    };
+    let info = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+    let info = std::fs::read_to_string(info).unwrap();
+    let pid = format!("Pid:\t{}\n", std::process::id());
+    assert!(info.contains(&pid), "{info}");
+    assert_eq!(open(), 1);
+    drop(message);
+    assert_eq!(open(), 0);
+    // It takes the place of a descriptor that was not sent.
+    left.sendall(b"mine").unwrap();
+    assert_eq!(recv_fds(&right, 16, 1).unwrap().1.len(), 0);
+    assert_eq!(open(), 0);
+}
+
+#[test]
 fn waiting_for_all_ends_at_descriptors_and_loses_none() {
     on_both(|| {
         for timeout in [None, Some(LONG)] {
@@ -200,6 +235,22 @@ fn waiting_for_all_ends_at_descriptors_and_loses_none() {
             sending.join();
             assert!(ends(&reader));
         }
+    });
+}
+
+#[test]
+fn waiting_for_all_tells_of_descriptors_that_had_no_room() {
+    on_both(|| {
+        let (left, right) = socketpair().unwrap();
+        let (reader, writer) = pipe().unwrap();
+        send_fds(&left, &[IoSlice::new(b"12")], &[writer.as_fd()]).unwrap();
+        left.sendall(b"34").unwrap();
+        drop(writer);
+        let message = right.recvmsg_with(4, 0, MSG_WAITALL).unwrap();
+        assert_eq!((&message.data[..], message.flags), (&b"12"[..], MSG_CTRUNC));
+        let message = right.recvmsg_with(2, 0, MSG_WAITALL).unwrap();
+        assert_eq!((&message.data[..], message.flags), (&b"34"[..], none()));
+        assert!(ends(&reader));
     });
 }
 

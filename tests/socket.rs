@@ -431,6 +431,23 @@ fn receive_flags_do_what_the_kernel_says() {
 }
 
 #[test]
+fn a_look_at_all_shows_each_byte_once() {
+    on_both(|| {
+        for (left, right) in [socketpair().unwrap(), connected()] {
+            left.sendall(b"hello").unwrap();
+            let flags = MSG_PEEK | MSG_WAITALL;
+            assert_eq!(right.recv_with(10, flags).unwrap(), b"hello");
+            assert_eq!(right.recvfrom_with(10, flags).unwrap().0, b"hello");
+            for room in [0, 64] {
+                let message = right.recvmsg_with(10, room, flags).unwrap();
+                assert_eq!(message.data, b"hello");
+            }
+            assert_eq!(right.recv(10).unwrap(), b"hello");
+        }
+    });
+}
+
+#[test]
 fn waiting_for_all_with_a_timeout_loses_nothing() {
     on_both(|| {
         let (left, right) = connected();

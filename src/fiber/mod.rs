@@ -717,6 +717,22 @@ fn is_closed(target: Option<(&InFlight, Direction)>) -> bool {
     target.is_some_and(|(inflight, _)| inflight.is_closed())
 }
 
+/// For a call that may wait and has not had to yet: the outcome if it may not go on, because of a cancel, a shutdown, or the
+/// deadline of an enclosing [`timeout`].
+pub(crate) fn outcome_so_far() -> Option<i32> {
+    let deadline_passed = match current() {
+        Some((_, fiber)) if fiber.interrupt.get() == 0 || std::thread::panicking() => false,
+        Some((worker, fiber)) => {
+            if let Some(code) = interrupted(worker, fiber) {
+                return Some(code);
+            }
+            fiber.deadline_ns.get() <= worker.now_ns()
+        }
+        None => thread::deadline_ns() <= crate::sys::monotonic_ns(),
+    };
+    deadline_passed.then_some(outcome::TIMED_OUT)
+}
+
 /// The shorter of a call's timeout (below 0: none) and what is left of an enclosing deadline.
 fn sooner(timeout_ns: i64, left_ns: i64) -> i64 {
     if timeout_ns < 0 || left_ns < timeout_ns {

@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::inflight::{Direction, InFlight};
 use super::outcome;
 use super::remote::{Control, Mailbox, Remote};
-use crate::driver::op::timespec_from_ns;
+use crate::driver::op::{TRANSFER_BYTES_MAX, timespec_from_ns};
 use crate::driver::{Completion, Config, Driver, Full, Op, Waiter};
 use crate::error::Result;
 use crate::sys;
@@ -223,6 +223,9 @@ fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Dir
         ns => sys::monotonic_ns().saturating_add(ns),
     };
     let mut connecting = false;
+    // Of a receive with MSG_WAITALL, which comes piece by piece here, and is cut short only by what ends it.
+    let mut received = 0;
+    let ended = |received, code| if received > 0 { received } else { code };
     loop {
         let res = match op {
             Op::Connect { fd, .. } if connecting => match sys::poll(*fd, libc::POLLOUT, 0) {
@@ -236,14 +239,19 @@ fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Dir
             libc::EAGAIN => {}
             libc::EINPROGRESS => connecting = true,
             libc::EINTR => continue,
-            _ => return res,
+            ..0 if goes_on(op, res) => {
+                received += res;
+                continue;
+            }
+            ..=0 => return received + res,
+            _ => return ended(received, res),
         }
         if super::is_closed(target) {
-            return -libc::EBADF;
+            return ended(received, -libc::EBADF);
         }
         let left_ns = deadline_ns.saturating_sub(sys::monotonic_ns());
         if left_ns <= 0 {
-            return outcome::TIMED_OUT;
+            return ended(received, outcome::TIMED_OUT);
         }
         let slice_ms = (left_ns / 1_000_000 + 1).min(POLL_SLICE_MS) as i32;
         match op.readiness() {
@@ -251,4 +259,17 @@ fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Dir
             None => std::thread::sleep(Duration::from_millis(slice_ms as u64)),
         }
     }
+}
+
+/// Whether a receive that brought `received` bytes waits for more; then what is left of its buffer.
+fn goes_on(op: &mut Op<'_>, received: i32) -> bool {
+    let Op::Recv { buffer, flags, .. } = op else {
+        return false;
+    };
+    let (received, wanted) = (received as usize, buffer.len().min(TRANSFER_BYTES_MAX));
+    if *flags & libc::MSG_WAITALL == 0 || received >= wanted {
+        return false;
+    }
+    *buffer = &mut std::mem::take(buffer)[received..wanted];
+    true
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use super::{BLOCKING, BY_OPTION, Socket, first, receive_buf};
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
-use crate::constants::{AF_INET, AF_INET6, AF_UNIX, MsgFlags, SOCK_STREAM};
+use crate::constants::{AF_INET, AF_INET6, AF_UNIX, MsgFlags, SOCK_SEQPACKET, SOCK_STREAM};
 use crate::driver::Op;
 use crate::error::{Error, Result};
 use crate::fiber::inflight::Direction;
@@ -145,11 +145,19 @@ impl Socket {
                 _ => {}
             }
             match (op.attempt(), to) {
-                (code, Some(address)) if code == -libc::EAGAIN && stand_in.is_none() => {
+                // (A SOCK_SEQPACKET's address means nothing.)
+                (code, Some(address))
+                    if code == -libc::EAGAIN
+                        && stand_in.is_none()
+                        && self.0.kind != SOCK_SEQPACKET =>
+                {
                     // This socket has room, the receiver has not. Only a socket that is connected to it hears when it has.
                     let connected = sys::socket(AF_UNIX.bits(), self.0.kind.bits(), 0)?;
-                    sys::check(sys::connect(connected.as_raw_fd(), address))?;
-                    stand_in = Some(connected);
+                    match sys::connect(connected.as_raw_fd(), address) {
+                        // The receiver is connected, and hears its peer only. If that is this socket, another call took the room.
+                        code if code == -libc::EPERM => {}
+                        code => stand_in = sys::check(code).map(|_| Some(connected))?,
+                    }
                 }
                 (code, _) if code == -libc::EAGAIN => stand_in = None,
                 (result, _) => return sys::check(result).map(|sent| sent as usize),
@@ -283,7 +291,7 @@ impl Socket {
     ) -> Result<(usize, Option<Address>)> {
         let mut message = Incoming::new();
         let mut piece = Piece::NONE;
-        let flags = flags.bits();
+        let flags = self.flags_for_ring(flags);
         // For no bytes recvfrom(2) does not wait on TCP; the ring would.
         let waits_in_vain = buffer.is_empty()
             && self.timeout_ns() < 0

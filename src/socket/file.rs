@@ -405,6 +405,9 @@ impl BufRead for SocketFile {
 
 impl Read for SocketFile {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() {
+            return self.reader().map(|_| 0);
+        }
         // What is at least as large as our buffer needs no copy.
         if self.read_start == self.read.len() && buffer.len() >= self.buffer_bytes {
             return self.receive(buffer);

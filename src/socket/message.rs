@@ -30,6 +30,9 @@ const HEADER: usize = size_of::<libc::cmsghdr>();
 const ALIGNMENT: usize = size_of::<usize>();
 const _: () = assert!(HEADER == ALIGNMENT + 8 && ALIGNMENT <= size_of::<ControlWord>());
 
+/// `SCM_PIDFD` of linux/socket.h, which the libc crate lacks.
+const SCM_PIDFD: i32 = 4;
+
 /// The most bytes of control data, Python's limit.
 const CONTROL_BYTES_MAX: usize = i32::MAX as usize;
 
@@ -106,6 +109,9 @@ pub enum Ancillary {
     Rights(Vec<OwnedFd>),
     /// The sender (`SCM_CREDENTIALS`), with `SO_PASSCRED` set on the receiver.
     Credentials(Credentials),
+    /// A descriptor of the sender (`SCM_PIDFD`, Linux 6.5), with `SO_PASSPIDFD` set on the receiver; see `pidfd_open(2)`. Dropping
+    /// closes it.
+    PidFd(OwnedFd),
     /// When the message arrived, with `SO_TIMESTAMP` (microseconds) or `SO_TIMESTAMPNS` (nanoseconds) set.
     Timestamp(SystemTime),
     /// Where an IPv4 datagram was sent to (`IP_PKTINFO`).
@@ -512,11 +518,8 @@ impl Socket {
             return Err(Error::Value(text.into()));
         }
         let mut message = Incoming::with_control(ancbufsize)?;
-        let flags = flags.bits() | libc::MSG_CMSG_CLOEXEC;
-        if flags & libc::MSG_WAITALL != 0
-            && self.0.family == AF_UNIX
-            && self.0.kind == SOCK_STREAM
-            && ancbufsize > 0
+        let flags = self.flags_for_ring(flags) | libc::MSG_CMSG_CLOEXEC;
+        if flags & libc::MSG_WAITALL != 0 && self.0.family == AF_UNIX && self.0.kind == SOCK_STREAM
         {
             return self.recvmsg_all(&mut room, size, &mut message, flags & !libc::MSG_WAITALL);
         }
@@ -530,10 +533,10 @@ impl Socket {
         Ok(taken_apart(nbytes, &mut message))
     }
 
-    /// MSG_WAITALL on an AF_UNIX stream with room for control data: piece by piece, until it is all there or control data came.
+    /// MSG_WAITALL on an AF_UNIX stream: piece by piece, until it is all there or control data came.
     ///
     /// The ring does not stop at control data as recvmsg(2) does: it goes on and reports the last piece's, so that descriptors that
-    /// came before would be lost, and stay open.
+    /// came before would be lost, and stay open; and where there is no room for them, nothing would tell of them.
     fn recvmsg_all(
         &self,
         room: &mut Scatter<'_>,
@@ -567,8 +570,7 @@ impl Socket {
             let is_last = nbytes == 0
                 || part.nbytes >= size
                 || !part.ancdata.is_empty()
-                || part.flags != MsgFlags::default()
-                || flags & libc::MSG_PEEK != 0;
+                || part.flags != MsgFlags::default();
             if is_last {
                 return Ok(part);
             }
@@ -767,7 +769,7 @@ impl<'a> Iterator for Items<'a> {
 
 impl Item<'_> {
     /// By its meaning, if it has the right length for it. `own` makes owners of the descriptors.
-    fn decode(&self, own: impl FnMut(RawFd) -> OwnedFd) -> Ancillary {
+    fn decode(&self, mut own: impl FnMut(RawFd) -> OwnedFd) -> Ancillary {
         let decoded = match (self.level, self.kind) {
             (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
                 let fds = self
@@ -779,6 +781,11 @@ impl Item<'_> {
                 Some(Ancillary::Rights(
                     fds.filter(|fd| *fd >= 0).map(own).collect(),
                 ))
+            }
+            // Negative: the errno for which there is none.
+            (libc::SOL_SOCKET, SCM_PIDFD) => {
+                let fd = self.int().filter(|fd| *fd >= 0);
+                fd.map(|fd| Ancillary::PidFd(own(fd)))
             }
             (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) => self.credentials(),
             (libc::SOL_SOCKET, libc::SCM_TIMESTAMP) => self.timestamp(1_000),

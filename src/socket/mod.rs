@@ -592,6 +592,8 @@ impl Socket {
 
     /// [`recv`](Socket::recv) with flags: `MSG_PEEK`, `MSG_WAITALL`, `MSG_DONTWAIT`, …
     ///
+    /// With `MSG_WAITALL` on a stream it waits until `bufsize` bytes are there; with `MSG_PEEK` as well it does not wait for more
+    /// than the first.
     /// `MSG_OOB` and `MSG_ERRQUEUE` never wait, as for the kernel. With `MSG_TRUNC` the result is cut to `bufsize` (see
     /// [`recv_into_with`](Socket::recv_into_with) for the length), and bytes that the kernel discarded read as zeros.
     ///
@@ -731,7 +733,7 @@ impl Socket {
         if buffer.is_empty() {
             return Ok(0);
         }
-        let flags = flags.bits();
+        let flags = self.flags_for_ring(flags);
         self.receive(
             Op::Recv {
                 fd: self.0.fd,
@@ -741,6 +743,19 @@ impl Socket {
             },
             flags,
         )
+    }
+
+    /// A receive's flags, without MSG_WAITALL where the ring goes on after a part though recv(2) would not: it puts packets of a
+    /// SOCK_SEQPACKET together, and with MSG_PEEK it looks at the same bytes again and again.
+    #[inline(always)]
+    fn flags_for_ring(&self, flags: MsgFlags) -> i32 {
+        let flags = flags.bits();
+        if flags & libc::MSG_WAITALL != 0
+            && (self.0.kind != SOCK_STREAM || flags & libc::MSG_PEEK != 0)
+        {
+            return flags & !libc::MSG_WAITALL;
+        }
+        flags
     }
 
     /// The bytes that a receive, with these flags, brings.
@@ -1086,13 +1101,17 @@ impl Socket {
         if timeout_ns == BLOCKING {
             store();
         }
-        let set_flag = || sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING);
+        // With the flag, so that whoever sets the flag back for a while sees what it is to be.
+        let set_flag = || {
+            let result = sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING);
+            store();
+            result
+        };
         let result = self
             .check_open()
+            .inspect_err(|_| store())
             .and_then(|()| sys::check(self.0.inflight.exclusively(set_flag)));
-        if timeout_ns != BLOCKING {
-            store();
-        } else if self.0.has_option_timeouts.load(Ordering::SeqCst) {
+        if timeout_ns == BLOCKING && self.0.has_option_timeouts.load(Ordering::SeqCst) {
             self.replace_timeout(BLOCKING, BY_OPTION);
         }
         result.map(drop)

@@ -86,7 +86,8 @@ pub struct Keepalive {
 }
 
 fn whole_seconds(time: Duration) -> i32 {
-    let rounded_up = time.as_secs() + u64::from(time.subsec_nanos() > 0);
+    let part = u64::from(time.subsec_nanos() > 0);
+    let rounded_up = time.as_secs().saturating_add(part);
     i32::try_from(rounded_up).unwrap_or(i32::MAX)
 }
 

@@ -13,7 +13,6 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use super::{NON_BLOCKING, Socket};
 use crate::constants::SOCK_STREAM;
 use crate::driver::Op;
-use crate::driver::op::without_waiting;
 use crate::error::{Error, Result};
 use crate::fiber::inflight::Direction;
 use crate::fiber::{self, error_from_outcome};
@@ -114,12 +113,12 @@ impl Socket {
             if wanted == 0 {
                 return Ok(());
             }
+            if let Some(code) = fiber::outcome_so_far() {
+                return Err(error_from_outcome(code));
+            }
             let position = transfer.position()?;
-            // Nothing but O_NONBLOCK keeps sendfile(2) from waiting. Another call of this kind at the same moment may clear it
-            // under this one, which then waits as a plain sendfile(2) does.
-            let sent = without_waiting(self.0.fd, || {
-                sys::sendfile(self.0.fd, transfer.file, position, wanted)
-            });
+            let sent =
+                self.without_waiting(|| sys::sendfile(self.0.fd, transfer.file, position, wanted));
             match -sent {
                 0 => return Ok(()),
                 ..0 => {
@@ -135,6 +134,26 @@ impl Socket {
                 errno => return Err(Error::from_errno(errno)),
             }
         }
+    }
+
+    /// Nothing but O_NONBLOCK keeps sendfile(2) from waiting. Another call of this kind at the same moment may clear it under this
+    /// one, which then waits as a plain sendfile(2) does. A mode that is set meanwhile keeps its flag. (The call may read from a
+    /// disk, too long for `exclusively`.)
+    fn without_waiting(&self, call: impl FnOnce() -> i32) -> i32 {
+        let (fd, inflight) = (self.0.fd, &self.0.inflight);
+        let waited = inflight.exclusively(|| {
+            let flags = sys::status_flags(fd);
+            flags >= 0 && flags & libc::O_NONBLOCK == 0 && sys::set_nonblocking(fd, true) >= 0
+        });
+        let result = call();
+        if waited {
+            inflight.exclusively(|| {
+                if self.timeout_ns() < 0 {
+                    sys::set_nonblocking(fd, false);
+                }
+            });
+        }
+        result
     }
 
     fn wait_for_room(&self) -> Result<()> {
