@@ -1,7 +1,8 @@
-//! What the peers share: their command line, and the line that says where they listen.
+//! What the peers share: their command line, the line that says where they listen, and the list of who takes part in a fan-out.
 //!
 //! Everything else is written out in each program, as that runtime's own users would write it.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -47,7 +48,7 @@ struct CommandLine {
     #[arg(long, value_name = "SECONDS", value_parser = positive_seconds)]
     timeout: Option<Duration>,
     /// Send each message of the first connection that sends to all other connections, instead of echoing.
-    #[arg(long, requires = "size", conflicts_with = "udp")]
+    #[arg(long, requires = "size")]
     fanout: bool,
     /// Bytes of a message of --fanout.
     #[arg(long, value_name = "BYTES", requires = "fanout", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
@@ -92,6 +93,12 @@ pub fn options() -> &'static Options {
         (_, Some(address)) => Address::Udp(address),
         _ => Address::Tcp(line.target.bind),
     };
+    if line.fanout && matches!(address, Address::Udp(_)) {
+        cannot("a fan-out goes over connections, which UDP has none of");
+    }
+    if line.fanout && line.timeout.is_some() {
+        cannot("a subscriber of a fan-out sends nothing, so that a timeout would close it");
+    }
     if let Address::Unix(path) = &address
         && std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
     {
@@ -120,8 +127,51 @@ pub fn listening(address: impl Display) -> io::Result<()> {
     out.flush()
 }
 
-/// Ends the program with status 2, for something this runtime does not offer.
-pub fn cannot(reason: &str) -> ! {
+/// Ends the program with status 2, for a combination these servers do not offer.
+fn cannot(reason: &str) -> ! {
     eprintln!("cannot: {reason}");
     std::process::exit(2)
+}
+
+/// The connections of a fan-out, each with what it takes to send to it, and which of them is the publisher.
+pub struct Hub<S> {
+    next: u64,
+    publisher: Option<u64>,
+    members: BTreeMap<u64, S>,
+}
+
+impl<S> Default for Hub<S> {
+    fn default() -> Self {
+        Hub {
+            next: 0,
+            publisher: None,
+            members: BTreeMap::new(),
+        }
+    }
+}
+
+impl<S: Clone> Hub<S> {
+    /// Takes a connection in; the result is its number.
+    pub fn join(&mut self, sender: S) -> u64 {
+        self.next += 1;
+        self.members.insert(self.next, sender);
+        self.next
+    }
+
+    /// Whether this connection, which has sent a message, is the publisher: the first to ask is, until it leaves.
+    pub fn publishes(&mut self, number: u64) -> bool {
+        *self.publisher.get_or_insert(number) == number
+    }
+
+    /// What it takes to send to every connection but this one.
+    pub fn others(&self, number: u64) -> Vec<S> {
+        let others = self.members.iter().filter(|(member, _)| **member != number);
+        others.map(|(_, sender)| sender.clone()).collect()
+    }
+
+    /// Drops a connection; where it was the publisher, another can be.
+    pub fn leave(&mut self, number: u64) {
+        self.members.remove(&number);
+        self.publisher.take_if(|publisher| *publisher == number);
+    }
 }

@@ -1,13 +1,21 @@
 //! Echo by compio: its default runtime, a task for each connection, buffers lent to the operation.
 
+use std::cell::RefCell;
 use std::io;
+use std::rc::Rc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use compio::BufResult;
-use compio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use compio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use compio::net::{TcpListener, UdpSocket, UnixListener};
 use compio::runtime::Runtime;
-use peers::{Address, Options};
+use peers::{Address, Hub, Options};
+
+/// Messages that may wait for one subscriber; the publisher waits for a slower one.
+const WAITING: usize = 16;
+
+type Members = Rc<RefCell<Hub<flume::Sender<Bytes>>>>;
 
 fn main() -> io::Result<()> {
     let options = peers::options();
@@ -15,6 +23,7 @@ fn main() -> io::Result<()> {
 }
 
 async fn serve(options: &'static Options) -> io::Result<()> {
+    let hub = Members::default();
     match &options.address {
         Address::Tcp(address) => {
             let listener = TcpListener::bind(address).await?;
@@ -22,7 +31,13 @@ async fn serve(options: &'static Options) -> io::Result<()> {
             loop {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                compio::runtime::spawn(echo(stream, options)).detach();
+                match options.fanout {
+                    Some(size) => {
+                        let (reader, writer) = stream.into_split();
+                        compio::runtime::spawn(fanout(reader, writer, hub.clone(), size)).detach();
+                    }
+                    None => compio::runtime::spawn(echo(stream, options)).detach(),
+                }
             }
         }
         Address::Unix(path) => {
@@ -30,7 +45,13 @@ async fn serve(options: &'static Options) -> io::Result<()> {
             peers::listening(path.display())?;
             loop {
                 let (stream, _) = listener.accept().await?;
-                compio::runtime::spawn(echo(stream, options)).detach();
+                match options.fanout {
+                    Some(size) => {
+                        let (reader, writer) = stream.into_split();
+                        compio::runtime::spawn(fanout(reader, writer, hub.clone(), size)).detach();
+                    }
+                    None => compio::runtime::spawn(echo(stream, options)).detach(),
+                }
             }
         }
         Address::Udp(address) => {
@@ -85,4 +106,41 @@ async fn limit<T>(timeout: Option<Duration>, operation: impl Future<Output = T>)
             .map_err(|_| io::ErrorKind::TimedOut.into()),
         None => Ok(operation.await),
     }
+}
+
+/// Takes part in the fan-out: one task writes what the publisher sends, this one reads.
+async fn fanout(
+    mut reader: impl AsyncRead,
+    mut writer: impl AsyncWrite + 'static,
+    hub: Members,
+    size: usize,
+) {
+    let (sender, receiver) = flume::bounded::<Bytes>(WAITING);
+    let number = hub.borrow_mut().join(sender);
+    let writing = compio::runtime::spawn(async move {
+        while let Ok(message) = receiver.recv_async().await {
+            if writer.write_all(message).await.0.is_err() {
+                break;
+            }
+        }
+    });
+    writing.detach();
+    let mut buffer = Vec::with_capacity(size);
+    loop {
+        let BufResult(received, filled) = reader.read_exact(buffer).await;
+        if received.is_err() {
+            break;
+        }
+        if hub.borrow_mut().publishes(number) {
+            let message = Bytes::copy_from_slice(&filled);
+            let others = hub.borrow().others(number);
+            for other in others {
+                // One that is gone is sent nothing.
+                let _ = other.send_async(message.clone()).await;
+            }
+        }
+        buffer = filled;
+        buffer.clear();
+    }
+    hub.borrow_mut().leave(number);
 }

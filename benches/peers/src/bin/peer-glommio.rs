@@ -1,12 +1,20 @@
 //! Echo by glommio: one executor, a task for each connection, buffers borrowed.
 
+use std::cell::RefCell;
 use std::io;
+use std::rc::Rc;
 use std::time::Duration;
 
 use futures_lite::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use glommio::channels::local_channel::{self, LocalSender};
 use glommio::net::{TcpListener, UdpSocket, UnixListener};
 use glommio::{GlommioError, LocalExecutorBuilder, Placement};
-use peers::{Address, Options};
+use peers::{Address, Hub, Options};
+
+/// Messages that may wait for one subscriber; the publisher waits for a slower one.
+const WAITING: usize = 16;
+
+type Members = Rc<RefCell<Hub<Rc<LocalSender<Rc<[u8]>>>>>>;
 
 fn main() -> io::Result<()> {
     let options = peers::options();
@@ -16,6 +24,7 @@ fn main() -> io::Result<()> {
 }
 
 async fn serve(options: &'static Options) -> io::Result<()> {
+    let hub = Members::default();
     match &options.address {
         Address::Tcp(address) => {
             let listener = TcpListener::bind(address)?;
@@ -25,7 +34,14 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 stream.set_nodelay(true)?;
                 stream.set_read_timeout(options.timeout)?;
                 stream.set_write_timeout(options.timeout)?;
-                glommio::spawn_local(echo(stream, options, None)).detach();
+                match options.fanout {
+                    Some(size) => {
+                        glommio::spawn_local(fanout(stream, hub.clone(), size)).detach();
+                    }
+                    None => {
+                        glommio::spawn_local(echo(stream, options, None)).detach();
+                    }
+                }
             }
         }
         Address::Unix(path) => {
@@ -33,8 +49,15 @@ async fn serve(options: &'static Options) -> io::Result<()> {
             peers::listening(path.display())?;
             loop {
                 let stream = listener.accept().await?;
-                // Only TCP and UDP have timeouts of their own.
-                glommio::spawn_local(echo(stream, options, options.timeout)).detach();
+                match options.fanout {
+                    Some(size) => {
+                        glommio::spawn_local(fanout(stream, hub.clone(), size)).detach();
+                    }
+                    None => {
+                        // Only TCP and UDP have timeouts of their own.
+                        glommio::spawn_local(echo(stream, options, options.timeout)).detach();
+                    }
+                }
             }
         }
         Address::Udp(address) => {
@@ -83,4 +106,32 @@ async fn limit<T>(
         }
         None => operation.await,
     }
+}
+
+/// Takes part in the fan-out: one task writes what the publisher sends, this one reads.
+async fn fanout(stream: impl AsyncRead + AsyncWrite + Unpin + 'static, hub: Members, size: usize) {
+    let (mut reader, mut writer) = futures_lite::io::split(stream);
+    let (sender, receiver) = local_channel::new_bounded::<Rc<[u8]>>(WAITING);
+    let number = hub.borrow_mut().join(Rc::new(sender));
+    let writing = glommio::spawn_local(async move {
+        while let Some(message) = receiver.recv().await {
+            if writer.write_all(&message).await.is_err() {
+                break;
+            }
+        }
+    });
+    writing.detach();
+    let mut buffer = vec![0; size];
+    while reader.read_exact(&mut buffer).await.is_ok() {
+        if !hub.borrow_mut().publishes(number) {
+            continue;
+        }
+        let message: Rc<[u8]> = buffer.as_slice().into();
+        let others = hub.borrow().others(number);
+        for other in others {
+            // One that is gone is sent nothing.
+            let _ = other.send(message.clone()).await;
+        }
+    }
+    hub.borrow_mut().leave(number);
 }

@@ -1,11 +1,17 @@
 //! Echo by may: one worker, a coroutine for each connection, calls as std has them.
 
 use std::io::{self, Read, Write};
+use std::sync::Arc;
 
 use may::go;
 use may::net::{TcpListener, UdpSocket};
 use may::os::unix::net::UnixListener;
-use peers::{Address, Options};
+use may::sync::Mutex;
+use peers::{Address, Hub, Options};
+
+/// A connection of the fan-out: a second handle to its socket, for writing.
+type Writer = Arc<Mutex<dyn Write + Send>>;
+type Members = Arc<Mutex<Hub<Writer>>>;
 
 fn main() -> io::Result<()> {
     let options = peers::options();
@@ -17,6 +23,7 @@ fn main() -> io::Result<()> {
 }
 
 fn serve(options: &'static Options) -> io::Result<()> {
+    let hub = Members::default();
     match &options.address {
         Address::Tcp(address) => {
             let listener = TcpListener::bind(address)?;
@@ -26,7 +33,16 @@ fn serve(options: &'static Options) -> io::Result<()> {
                 stream.set_nodelay(true)?;
                 stream.set_read_timeout(options.timeout)?;
                 stream.set_write_timeout(options.timeout)?;
-                go!(move || echo(stream, options));
+                match options.fanout {
+                    Some(size) => {
+                        let writer = Arc::new(Mutex::new(stream.try_clone()?));
+                        let hub = hub.clone();
+                        go!(move || fanout(stream, writer, &hub, size));
+                    }
+                    None => {
+                        go!(move || echo(stream, options));
+                    }
+                }
             }
         }
         Address::Unix(path) => {
@@ -36,7 +52,16 @@ fn serve(options: &'static Options) -> io::Result<()> {
                 let (stream, _) = listener.accept()?;
                 stream.set_read_timeout(options.timeout)?;
                 stream.set_write_timeout(options.timeout)?;
-                go!(move || echo(stream, options));
+                match options.fanout {
+                    Some(size) => {
+                        let writer = Arc::new(Mutex::new(stream.try_clone()?));
+                        let hub = hub.clone();
+                        go!(move || fanout(stream, writer, &hub, size));
+                    }
+                    None => {
+                        go!(move || echo(stream, options));
+                    }
+                }
             }
         }
         Address::Udp(address) => {
@@ -65,4 +90,28 @@ fn echo(mut stream: impl Read + Write, options: &'static Options) -> io::Result<
         }
         stream.write_all(&buffer[..n])?;
     }
+}
+
+/// Takes part in the fan-out: the publisher's coroutine writes to all the others in turn.
+fn fanout(mut reader: impl Read, writer: Writer, hub: &Members, size: usize) {
+    let number = hub.lock().expect("nothing panics with it").join(writer);
+    let mut message = vec![0; size];
+    while reader.read_exact(&mut message).is_ok() {
+        if !hub
+            .lock()
+            .expect("nothing panics with it")
+            .publishes(number)
+        {
+            continue;
+        }
+        let others = hub.lock().expect("nothing panics with it").others(number);
+        for other in others {
+            // One that is gone is sent nothing.
+            let _ = other
+                .lock()
+                .expect("nothing panics with it")
+                .write_all(&message);
+        }
+    }
+    hub.lock().expect("nothing panics with it").leave(number);
 }

@@ -1,13 +1,22 @@
 //! Echo by monoio: its io_uring driver, a task for each connection, buffers lent to the operation.
 
+use std::cell::RefCell;
 use std::io;
+use std::rc::Rc;
 use std::time::Duration;
 
-use monoio::io::{AsyncReadRent, AsyncWriteRent, AsyncWriteRentExt};
+use bytes::Bytes;
+use local_sync::mpsc::bounded;
+use monoio::io::{AsyncReadRent, AsyncReadRentExt, AsyncWriteRent, AsyncWriteRentExt, Splitable};
 use monoio::net::udp::UdpSocket;
 use monoio::net::{ListenerOpts, TcpListener, UnixListener};
 use monoio::{IoUringDriver, RuntimeBuilder};
-use peers::{Address, Options};
+use peers::{Address, Hub, Options};
+
+/// Messages that may wait for one subscriber; the publisher waits for a slower one.
+const WAITING: usize = 16;
+
+type Members = Rc<RefCell<Hub<bounded::Tx<Bytes>>>>;
 
 fn main() -> io::Result<()> {
     let options = peers::options();
@@ -20,6 +29,7 @@ fn main() -> io::Result<()> {
 }
 
 async fn serve(options: &'static Options) -> io::Result<()> {
+    let hub = Members::default();
     match &options.address {
         Address::Tcp(address) => {
             let listener = TcpListener::bind(address)?;
@@ -27,7 +37,15 @@ async fn serve(options: &'static Options) -> io::Result<()> {
             loop {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                monoio::spawn(echo(stream, options));
+                match options.fanout {
+                    Some(size) => {
+                        let (reader, writer) = stream.into_split();
+                        monoio::spawn(fanout(reader, writer, hub.clone(), size));
+                    }
+                    None => {
+                        monoio::spawn(echo(stream, options));
+                    }
+                }
             }
         }
         Address::Unix(path) => {
@@ -37,7 +55,15 @@ async fn serve(options: &'static Options) -> io::Result<()> {
             peers::listening(path.display())?;
             loop {
                 let (stream, _) = listener.accept().await?;
-                monoio::spawn(echo(stream, options));
+                match options.fanout {
+                    Some(size) => {
+                        let (reader, writer) = stream.into_split();
+                        monoio::spawn(fanout(reader, writer, hub.clone(), size));
+                    }
+                    None => {
+                        monoio::spawn(echo(stream, options));
+                    }
+                }
             }
         }
         Address::Udp(address) => {
@@ -90,4 +116,40 @@ async fn limit<T>(timeout: Option<Duration>, operation: impl Future<Output = T>)
         Some(timeout) => Ok(monoio::time::timeout(timeout, operation).await?),
         None => Ok(operation.await),
     }
+}
+
+/// Takes part in the fan-out: one task writes what the publisher sends, this one reads.
+async fn fanout(
+    mut reader: impl AsyncReadRent,
+    mut writer: impl AsyncWriteRent + 'static,
+    hub: Members,
+    size: usize,
+) {
+    let (sender, mut receiver) = bounded::channel::<Bytes>(WAITING);
+    let number = hub.borrow_mut().join(sender);
+    monoio::spawn(async move {
+        while let Some(message) = receiver.recv().await {
+            if writer.write_all(message).await.0.is_err() {
+                break;
+            }
+        }
+    });
+    let mut buffer = Vec::with_capacity(size);
+    loop {
+        let received;
+        (received, buffer) = reader.read_exact(buffer).await;
+        if received.is_err() {
+            break;
+        }
+        if hub.borrow_mut().publishes(number) {
+            let message = Bytes::copy_from_slice(&buffer);
+            let others = hub.borrow().others(number);
+            for other in others {
+                // One that is gone is sent nothing.
+                let _ = other.send(message.clone()).await;
+            }
+        }
+        buffer.clear();
+    }
+    hub.borrow_mut().leave(number);
 }

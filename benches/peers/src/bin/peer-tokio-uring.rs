@@ -1,13 +1,23 @@
 //! Echo by tokio-uring: its default runtime, a task for each connection, buffers lent to the operation.
 
+use std::cell::RefCell;
 use std::io;
 use std::net::Shutdown;
+use std::pin::pin;
+use std::rc::Rc;
 use std::time::Duration;
 
-use peers::{Address, Options};
+use bytes::Bytes;
+use peers::{Address, Hub, Options};
+use tokio::sync::mpsc;
 use tokio_uring::BufResult;
-use tokio_uring::buf::{BoundedBuf, Slice};
+use tokio_uring::buf::{BoundedBuf, BoundedBufMut};
 use tokio_uring::net::{TcpListener, TcpStream, UdpSocket, UnixStream};
+
+/// Messages that may wait for one subscriber; the publisher waits for a slower one.
+const WAITING: usize = 16;
+
+type Members = Rc<RefCell<Hub<mpsc::Sender<Bytes>>>>;
 
 fn main() -> io::Result<()> {
     let options = peers::options();
@@ -15,6 +25,7 @@ fn main() -> io::Result<()> {
 }
 
 async fn serve(options: &'static Options) -> io::Result<()> {
+    let hub = Members::default();
     match &options.address {
         Address::Tcp(address) => {
             let listener = TcpListener::bind(*address)?;
@@ -22,7 +33,14 @@ async fn serve(options: &'static Options) -> io::Result<()> {
             loop {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                tokio_uring::spawn(echo(stream, options));
+                match options.fanout {
+                    Some(size) => {
+                        tokio_uring::spawn(fanout(stream, hub.clone(), size));
+                    }
+                    None => {
+                        tokio_uring::spawn(echo(stream, options));
+                    }
+                }
             }
         }
         Address::Unix(path) => {
@@ -35,7 +53,15 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 let stream = stream.into_std()?;
                 // On a non-blocking socket the ring's operations would fail where they should wait.
                 stream.set_nonblocking(false)?;
-                tokio_uring::spawn(echo(UnixStream::from_std(stream), options));
+                let stream = UnixStream::from_std(stream);
+                match options.fanout {
+                    Some(size) => {
+                        tokio_uring::spawn(fanout(stream, hub.clone(), size));
+                    }
+                    None => {
+                        tokio_uring::spawn(echo(stream, options));
+                    }
+                }
             }
         }
         Address::Udp(address) => {
@@ -43,13 +69,12 @@ async fn serve(options: &'static Options) -> io::Result<()> {
             peers::listening(socket.local_addr()?)?;
             let mut buffer = vec![0; options.buffer];
             loop {
+                // An operation that is dropped goes on and would swallow a datagram, so the same one is waited for again.
+                let mut receive = pin!(socket.recv_from(buffer));
                 let received;
-                (received, buffer) = match limit(options.timeout, socket.recv_from(buffer)).await {
-                    Ok(outcome) => outcome,
-                    // The operation that took too long kept the buffer.
-                    Err(_) => {
-                        buffer = vec![0; options.buffer];
-                        continue;
+                (received, buffer) = loop {
+                    if let Ok(outcome) = limit(options.timeout, receive.as_mut()).await {
+                        break outcome;
                     }
                 };
                 if let Ok((n, peer)) = received {
@@ -67,17 +92,17 @@ async fn serve(options: &'static Options) -> io::Result<()> {
 
 /// The two kinds of stream, which share no trait.
 trait Stream {
-    async fn read(&self, buffer: Vec<u8>) -> BufResult<usize, Vec<u8>>;
-    async fn write_all(&self, slice: Slice<Vec<u8>>) -> BufResult<(), Slice<Vec<u8>>>;
+    async fn read<B: BoundedBufMut>(&self, buffer: B) -> BufResult<usize, B>;
+    async fn write_all<B: BoundedBuf>(&self, buffer: B) -> BufResult<(), B>;
     fn shutdown(&self) -> io::Result<()>;
 }
 
 impl Stream for TcpStream {
-    async fn read(&self, buffer: Vec<u8>) -> BufResult<usize, Vec<u8>> {
+    async fn read<B: BoundedBufMut>(&self, buffer: B) -> BufResult<usize, B> {
         self.read(buffer).await
     }
-    async fn write_all(&self, slice: Slice<Vec<u8>>) -> BufResult<(), Slice<Vec<u8>>> {
-        self.write_all(slice).await
+    async fn write_all<B: BoundedBuf>(&self, buffer: B) -> BufResult<(), B> {
+        self.write_all(buffer).await
     }
     fn shutdown(&self) -> io::Result<()> {
         self.shutdown(Shutdown::Both)
@@ -85,11 +110,11 @@ impl Stream for TcpStream {
 }
 
 impl Stream for UnixStream {
-    async fn read(&self, buffer: Vec<u8>) -> BufResult<usize, Vec<u8>> {
+    async fn read<B: BoundedBufMut>(&self, buffer: B) -> BufResult<usize, B> {
         self.read(buffer).await
     }
-    async fn write_all(&self, slice: Slice<Vec<u8>>) -> BufResult<(), Slice<Vec<u8>>> {
-        self.write_all(slice).await
+    async fn write_all<B: BoundedBuf>(&self, buffer: B) -> BufResult<(), B> {
+        self.write_all(buffer).await
     }
     fn shutdown(&self) -> io::Result<()> {
         self.shutdown(Shutdown::Both)
@@ -127,4 +152,42 @@ async fn limit<T>(timeout: Option<Duration>, operation: impl Future<Output = T>)
         Some(timeout) => Ok(tokio::time::timeout(timeout, operation).await?),
         None => Ok(operation.await),
     }
+}
+
+/// Takes part in the fan-out: one task writes what the publisher sends, this one reads.
+async fn fanout(stream: impl Stream + 'static, hub: Members, size: usize) {
+    let stream = Rc::new(stream);
+    let writer = stream.clone();
+    let (sender, mut receiver) = mpsc::channel::<Bytes>(WAITING);
+    let number = hub.borrow_mut().join(sender);
+    tokio_uring::spawn(async move {
+        while let Some(message) = receiver.recv().await {
+            if writer.write_all(message).await.0.is_err() {
+                break;
+            }
+        }
+    });
+    let mut buffer = vec![0; size];
+    let mut filled = 0;
+    loop {
+        let (received, slice) = stream.read(buffer.slice(filled..)).await;
+        buffer = slice.into_inner();
+        match received {
+            Err(_) | Ok(0) => break,
+            Ok(n) => filled += n,
+        }
+        if filled < size {
+            continue;
+        }
+        filled = 0;
+        if hub.borrow_mut().publishes(number) {
+            let message = Bytes::copy_from_slice(&buffer);
+            let others = hub.borrow().others(number);
+            for other in others {
+                // One that is gone is sent nothing.
+                let _ = other.send(message.clone()).await;
+            }
+        }
+    }
+    hub.borrow_mut().leave(number);
 }

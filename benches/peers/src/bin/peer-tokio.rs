@@ -1,11 +1,18 @@
 //! Echo by tokio: the current-thread runtime, a task for each connection, buffers borrowed.
 
 use std::io;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use peers::{Address, Options};
+use peers::{Address, Hub, Options};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UdpSocket, UnixListener};
+use tokio::sync::mpsc;
+
+/// Messages that may wait for one subscriber; the publisher waits for a slower one.
+const WAITING: usize = 16;
+
+type Members = Arc<Mutex<Hub<mpsc::Sender<Arc<[u8]>>>>>;
 
 fn main() -> io::Result<()> {
     let options = peers::options();
@@ -16,6 +23,7 @@ fn main() -> io::Result<()> {
 }
 
 async fn serve(options: &'static Options) -> io::Result<()> {
+    let hub = Members::default();
     match &options.address {
         Address::Tcp(address) => {
             let listener = TcpListener::bind(address).await?;
@@ -23,7 +31,15 @@ async fn serve(options: &'static Options) -> io::Result<()> {
             loop {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                tokio::spawn(echo(stream, options));
+                match options.fanout {
+                    Some(size) => {
+                        let (reader, writer) = stream.into_split();
+                        tokio::spawn(fanout(reader, writer, hub.clone(), size));
+                    }
+                    None => {
+                        tokio::spawn(echo(stream, options));
+                    }
+                }
             }
         }
         Address::Unix(path) => {
@@ -31,7 +47,15 @@ async fn serve(options: &'static Options) -> io::Result<()> {
             peers::listening(path.display())?;
             loop {
                 let (stream, _) = listener.accept().await?;
-                tokio::spawn(echo(stream, options));
+                match options.fanout {
+                    Some(size) => {
+                        let (reader, writer) = stream.into_split();
+                        tokio::spawn(fanout(reader, writer, hub.clone(), size));
+                    }
+                    None => {
+                        tokio::spawn(echo(stream, options));
+                    }
+                }
             }
         }
         Address::Udp(address) => {
@@ -72,4 +96,39 @@ async fn limit<T>(
         Some(timeout) => tokio::time::timeout(timeout, operation).await?,
         None => operation.await,
     }
+}
+
+/// Takes part in the fan-out: one task writes what the publisher sends, this one reads.
+async fn fanout(
+    mut reader: impl AsyncRead + Unpin,
+    mut writer: impl AsyncWrite + Unpin + Send + 'static,
+    hub: Members,
+    size: usize,
+) {
+    let (sender, mut receiver) = mpsc::channel::<Arc<[u8]>>(WAITING);
+    let number = hub.lock().expect("nothing panics with it").join(sender);
+    tokio::spawn(async move {
+        while let Some(message) = receiver.recv().await {
+            if writer.write_all(&message).await.is_err() {
+                break;
+            }
+        }
+    });
+    let mut buffer = vec![0; size];
+    while reader.read_exact(&mut buffer).await.is_ok() {
+        if !hub
+            .lock()
+            .expect("nothing panics with it")
+            .publishes(number)
+        {
+            continue;
+        }
+        let message: Arc<[u8]> = buffer.as_slice().into();
+        let others = hub.lock().expect("nothing panics with it").others(number);
+        for other in others {
+            // One that is gone is sent nothing.
+            let _ = other.send(message.clone()).await;
+        }
+    }
+    hub.lock().expect("nothing panics with it").leave(number);
 }
