@@ -34,7 +34,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 match options.fanout {
                     Some(size) => {
                         let (reader, writer) = stream.into_split();
-                        compio::runtime::spawn(fanout(reader, writer, hub.clone(), size)).detach();
+                        fanout(reader, writer, hub.clone(), size);
                     }
                     None => compio::runtime::spawn(echo(stream, options)).detach(),
                 }
@@ -48,7 +48,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 match options.fanout {
                     Some(size) => {
                         let (reader, writer) = stream.into_split();
-                        compio::runtime::spawn(fanout(reader, writer, hub.clone(), size)).detach();
+                        fanout(reader, writer, hub.clone(), size);
                     }
                     None => compio::runtime::spawn(echo(stream, options)).detach(),
                 }
@@ -108,9 +108,9 @@ async fn limit<T>(timeout: Option<Duration>, operation: impl Future<Output = T>)
     }
 }
 
-/// Takes part in the fan-out: one task writes what the publisher sends, this one reads.
-async fn fanout(
-    mut reader: impl AsyncRead,
+/// Takes the connection into the fan-out: one task writes what the publisher sends, the other reads.
+fn fanout(
+    mut reader: impl AsyncRead + 'static,
     mut writer: impl AsyncWrite + 'static,
     hub: Members,
     size: usize,
@@ -125,22 +125,25 @@ async fn fanout(
         }
     });
     writing.detach();
-    let mut buffer = Vec::with_capacity(size);
-    loop {
-        let BufResult(received, filled) = reader.read_exact(buffer).await;
-        if received.is_err() {
-            break;
-        }
-        if hub.borrow_mut().publishes(number) {
-            let message = Bytes::copy_from_slice(&filled);
-            let others = hub.borrow().others(number);
-            for other in others {
-                // One that is gone is sent nothing.
-                let _ = other.send_async(message.clone()).await;
+    let reading = compio::runtime::spawn(async move {
+        let mut buffer = Vec::with_capacity(size);
+        loop {
+            let BufResult(received, filled) = reader.read_exact(buffer).await;
+            if received.is_err() {
+                break;
             }
+            if hub.borrow_mut().publishes(number) {
+                let message = Bytes::copy_from_slice(&filled);
+                let others = hub.borrow().others(number);
+                for other in others {
+                    // One that is gone is sent nothing.
+                    let _ = other.send_async(message.clone()).await;
+                }
+            }
+            buffer = filled;
+            buffer.clear();
         }
-        buffer = filled;
-        buffer.clear();
-    }
-    hub.borrow_mut().leave(number);
+        hub.borrow_mut().leave(number);
+    });
+    reading.detach();
 }

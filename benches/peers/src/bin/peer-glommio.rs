@@ -35,9 +35,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 stream.set_read_timeout(options.timeout)?;
                 stream.set_write_timeout(options.timeout)?;
                 match options.fanout {
-                    Some(size) => {
-                        glommio::spawn_local(fanout(stream, hub.clone(), size)).detach();
-                    }
+                    Some(size) => fanout(stream, hub.clone(), size),
                     None => {
                         glommio::spawn_local(echo(stream, options, None)).detach();
                     }
@@ -50,9 +48,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
             loop {
                 let stream = listener.accept().await?;
                 match options.fanout {
-                    Some(size) => {
-                        glommio::spawn_local(fanout(stream, hub.clone(), size)).detach();
-                    }
+                    Some(size) => fanout(stream, hub.clone(), size),
                     None => {
                         // Only TCP and UDP have timeouts of their own.
                         glommio::spawn_local(echo(stream, options, options.timeout)).detach();
@@ -108,8 +104,8 @@ async fn limit<T>(
     }
 }
 
-/// Takes part in the fan-out: one task writes what the publisher sends, this one reads.
-async fn fanout(stream: impl AsyncRead + AsyncWrite + Unpin + 'static, hub: Members, size: usize) {
+/// Takes the connection into the fan-out: one task writes what the publisher sends, the other reads.
+fn fanout(stream: impl AsyncRead + AsyncWrite + Unpin + 'static, hub: Members, size: usize) {
     let (mut reader, mut writer) = futures_lite::io::split(stream);
     let (sender, receiver) = local_channel::new_bounded::<Rc<[u8]>>(WAITING);
     let number = hub.borrow_mut().join(Rc::new(sender));
@@ -121,17 +117,20 @@ async fn fanout(stream: impl AsyncRead + AsyncWrite + Unpin + 'static, hub: Memb
         }
     });
     writing.detach();
-    let mut buffer = vec![0; size];
-    while reader.read_exact(&mut buffer).await.is_ok() {
-        if !hub.borrow_mut().publishes(number) {
-            continue;
+    let reading = glommio::spawn_local(async move {
+        let mut buffer = vec![0; size];
+        while reader.read_exact(&mut buffer).await.is_ok() {
+            if !hub.borrow_mut().publishes(number) {
+                continue;
+            }
+            let message: Rc<[u8]> = buffer.as_slice().into();
+            let others = hub.borrow().others(number);
+            for other in others {
+                // One that is gone is sent nothing.
+                let _ = other.send(message.clone()).await;
+            }
         }
-        let message: Rc<[u8]> = buffer.as_slice().into();
-        let others = hub.borrow().others(number);
-        for other in others {
-            // One that is gone is sent nothing.
-            let _ = other.send(message.clone()).await;
-        }
-    }
-    hub.borrow_mut().leave(number);
+        hub.borrow_mut().leave(number);
+    });
+    reading.detach();
 }

@@ -36,8 +36,7 @@ fn serve(options: &'static Options) -> io::Result<()> {
                 match options.fanout {
                     Some(size) => {
                         let writer = Arc::new(Mutex::new(stream.try_clone()?));
-                        let hub = hub.clone();
-                        go!(move || fanout(stream, writer, &hub, size));
+                        fanout(stream, writer, hub.clone(), size);
                     }
                     None => {
                         go!(move || echo(stream, options));
@@ -55,8 +54,7 @@ fn serve(options: &'static Options) -> io::Result<()> {
                 match options.fanout {
                     Some(size) => {
                         let writer = Arc::new(Mutex::new(stream.try_clone()?));
-                        let hub = hub.clone();
-                        go!(move || fanout(stream, writer, &hub, size));
+                        fanout(stream, writer, hub.clone(), size);
                     }
                     None => {
                         go!(move || echo(stream, options));
@@ -92,26 +90,28 @@ fn echo(mut stream: impl Read + Write, options: &'static Options) -> io::Result<
     }
 }
 
-/// Takes part in the fan-out: the publisher's coroutine writes to all the others in turn.
-fn fanout(mut reader: impl Read, writer: Writer, hub: &Members, size: usize) {
+/// Takes the connection into the fan-out: the publisher's coroutine writes to all the others in turn.
+fn fanout(mut reader: impl Read + Send + 'static, writer: Writer, hub: Members, size: usize) {
     let number = hub.lock().expect("nothing panics with it").join(writer);
-    let mut message = vec![0; size];
-    while reader.read_exact(&mut message).is_ok() {
-        if !hub
-            .lock()
-            .expect("nothing panics with it")
-            .publishes(number)
-        {
-            continue;
-        }
-        let others = hub.lock().expect("nothing panics with it").others(number);
-        for other in others {
-            // One that is gone is sent nothing.
-            let _ = other
+    go!(move || {
+        let mut message = vec![0; size];
+        while reader.read_exact(&mut message).is_ok() {
+            if !hub
                 .lock()
                 .expect("nothing panics with it")
-                .write_all(&message);
+                .publishes(number)
+            {
+                continue;
+            }
+            let others = hub.lock().expect("nothing panics with it").others(number);
+            for other in others {
+                // One that is gone is sent nothing.
+                let _ = other
+                    .lock()
+                    .expect("nothing panics with it")
+                    .write_all(&message);
+            }
         }
-    }
-    hub.lock().expect("nothing panics with it").leave(number);
+        hub.lock().expect("nothing panics with it").leave(number);
+    });
 }

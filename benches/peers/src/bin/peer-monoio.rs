@@ -40,7 +40,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 match options.fanout {
                     Some(size) => {
                         let (reader, writer) = stream.into_split();
-                        monoio::spawn(fanout(reader, writer, hub.clone(), size));
+                        fanout(reader, writer, hub.clone(), size);
                     }
                     None => {
                         monoio::spawn(echo(stream, options));
@@ -58,7 +58,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 match options.fanout {
                     Some(size) => {
                         let (reader, writer) = stream.into_split();
-                        monoio::spawn(fanout(reader, writer, hub.clone(), size));
+                        fanout(reader, writer, hub.clone(), size);
                     }
                     None => {
                         monoio::spawn(echo(stream, options));
@@ -118,9 +118,9 @@ async fn limit<T>(timeout: Option<Duration>, operation: impl Future<Output = T>)
     }
 }
 
-/// Takes part in the fan-out: one task writes what the publisher sends, this one reads.
-async fn fanout(
-    mut reader: impl AsyncReadRent,
+/// Takes the connection into the fan-out: one task writes what the publisher sends, the other reads.
+fn fanout(
+    mut reader: impl AsyncReadRent + 'static,
     mut writer: impl AsyncWriteRent + 'static,
     hub: Members,
     size: usize,
@@ -134,22 +134,24 @@ async fn fanout(
             }
         }
     });
-    let mut buffer = Vec::with_capacity(size);
-    loop {
-        let received;
-        (received, buffer) = reader.read_exact(buffer).await;
-        if received.is_err() {
-            break;
-        }
-        if hub.borrow_mut().publishes(number) {
-            let message = Bytes::copy_from_slice(&buffer);
-            let others = hub.borrow().others(number);
-            for other in others {
-                // One that is gone is sent nothing.
-                let _ = other.send(message.clone()).await;
+    monoio::spawn(async move {
+        let mut buffer = Vec::with_capacity(size);
+        loop {
+            let received;
+            (received, buffer) = reader.read_exact(buffer).await;
+            if received.is_err() {
+                break;
             }
+            if hub.borrow_mut().publishes(number) {
+                let message = Bytes::copy_from_slice(&buffer);
+                let others = hub.borrow().others(number);
+                for other in others {
+                    // One that is gone is sent nothing.
+                    let _ = other.send(message.clone()).await;
+                }
+            }
+            buffer.clear();
         }
-        buffer.clear();
-    }
-    hub.borrow_mut().leave(number);
+        hub.borrow_mut().leave(number);
+    });
 }

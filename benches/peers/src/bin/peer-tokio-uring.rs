@@ -34,9 +34,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
                 match options.fanout {
-                    Some(size) => {
-                        tokio_uring::spawn(fanout(stream, hub.clone(), size));
-                    }
+                    Some(size) => fanout(stream, hub.clone(), size),
                     None => {
                         tokio_uring::spawn(echo(stream, options));
                     }
@@ -55,9 +53,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 stream.set_nonblocking(false)?;
                 let stream = UnixStream::from_std(stream);
                 match options.fanout {
-                    Some(size) => {
-                        tokio_uring::spawn(fanout(stream, hub.clone(), size));
-                    }
+                    Some(size) => fanout(stream, hub.clone(), size),
                     None => {
                         tokio_uring::spawn(echo(stream, options));
                     }
@@ -154,8 +150,8 @@ async fn limit<T>(timeout: Option<Duration>, operation: impl Future<Output = T>)
     }
 }
 
-/// Takes part in the fan-out: one task writes what the publisher sends, this one reads.
-async fn fanout(stream: impl Stream + 'static, hub: Members, size: usize) {
+/// Takes the connection into the fan-out: one task writes what the publisher sends, the other reads.
+fn fanout(stream: impl Stream + 'static, hub: Members, size: usize) {
     let stream = Rc::new(stream);
     let writer = stream.clone();
     let (sender, mut receiver) = mpsc::channel::<Bytes>(WAITING);
@@ -167,27 +163,29 @@ async fn fanout(stream: impl Stream + 'static, hub: Members, size: usize) {
             }
         }
     });
-    let mut buffer = vec![0; size];
-    let mut filled = 0;
-    loop {
-        let (received, slice) = stream.read(buffer.slice(filled..)).await;
-        buffer = slice.into_inner();
-        match received {
-            Err(_) | Ok(0) => break,
-            Ok(n) => filled += n,
-        }
-        if filled < size {
-            continue;
-        }
-        filled = 0;
-        if hub.borrow_mut().publishes(number) {
-            let message = Bytes::copy_from_slice(&buffer);
-            let others = hub.borrow().others(number);
-            for other in others {
-                // One that is gone is sent nothing.
-                let _ = other.send(message.clone()).await;
+    tokio_uring::spawn(async move {
+        let mut buffer = vec![0; size];
+        let mut filled = 0;
+        loop {
+            let (received, slice) = stream.read(buffer.slice(filled..)).await;
+            buffer = slice.into_inner();
+            match received {
+                Err(_) | Ok(0) => break,
+                Ok(n) => filled += n,
+            }
+            if filled < size {
+                continue;
+            }
+            filled = 0;
+            if hub.borrow_mut().publishes(number) {
+                let message = Bytes::copy_from_slice(&buffer);
+                let others = hub.borrow().others(number);
+                for other in others {
+                    // One that is gone is sent nothing.
+                    let _ = other.send(message.clone()).await;
+                }
             }
         }
-    }
-    hub.borrow_mut().leave(number);
+        hub.borrow_mut().leave(number);
+    });
 }

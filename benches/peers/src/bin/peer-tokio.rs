@@ -34,7 +34,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 match options.fanout {
                     Some(size) => {
                         let (reader, writer) = stream.into_split();
-                        tokio::spawn(fanout(reader, writer, hub.clone(), size));
+                        fanout(reader, writer, hub.clone(), size);
                     }
                     None => {
                         tokio::spawn(echo(stream, options));
@@ -50,7 +50,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
                 match options.fanout {
                     Some(size) => {
                         let (reader, writer) = stream.into_split();
-                        tokio::spawn(fanout(reader, writer, hub.clone(), size));
+                        fanout(reader, writer, hub.clone(), size);
                     }
                     None => {
                         tokio::spawn(echo(stream, options));
@@ -98,9 +98,9 @@ async fn limit<T>(
     }
 }
 
-/// Takes part in the fan-out: one task writes what the publisher sends, this one reads.
-async fn fanout(
-    mut reader: impl AsyncRead + Unpin,
+/// Takes the connection into the fan-out: one task writes what the publisher sends, the other reads.
+fn fanout(
+    mut reader: impl AsyncRead + Unpin + Send + 'static,
     mut writer: impl AsyncWrite + Unpin + Send + 'static,
     hub: Members,
     size: usize,
@@ -114,21 +114,23 @@ async fn fanout(
             }
         }
     });
-    let mut buffer = vec![0; size];
-    while reader.read_exact(&mut buffer).await.is_ok() {
-        if !hub
-            .lock()
-            .expect("nothing panics with it")
-            .publishes(number)
-        {
-            continue;
+    tokio::spawn(async move {
+        let mut buffer = vec![0; size];
+        while reader.read_exact(&mut buffer).await.is_ok() {
+            if !hub
+                .lock()
+                .expect("nothing panics with it")
+                .publishes(number)
+            {
+                continue;
+            }
+            let message: Arc<[u8]> = buffer.as_slice().into();
+            let others = hub.lock().expect("nothing panics with it").others(number);
+            for other in others {
+                // One that is gone is sent nothing.
+                let _ = other.send(message.clone()).await;
+            }
         }
-        let message: Arc<[u8]> = buffer.as_slice().into();
-        let others = hub.lock().expect("nothing panics with it").others(number);
-        for other in others {
-            // One that is gone is sent nothing.
-            let _ = other.send(message.clone()).await;
-        }
-    }
-    hub.lock().expect("nothing panics with it").leave(number);
+        hub.lock().expect("nothing panics with it").leave(number);
+    });
 }
