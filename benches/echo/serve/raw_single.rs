@@ -74,7 +74,7 @@ struct Publishing {
 }
 
 /// What the options choose is fixed when compiled, to cost nothing per echo.
-struct Server<const LINKED: bool, const TIMING: u8> {
+struct Server<const LINKED: bool, const TIMING: u8, const FANOUT: bool> {
     ring: Ring,
     listening: Listening,
     connections: Vec<Connection>,
@@ -111,22 +111,22 @@ pub fn serve(args: &SingleArgs) -> io::Result<()> {
     if args.direct && plain {
         return Err(cannot("a descriptor of the ring's own has no plain calls"));
     }
-    if args.listen.fanout.is_some()
-        && (args.linked || args.plain_recv || args.listen.timeout.is_some())
-    {
-        return Err(cannot("a fan-out with --linked, --plain-recv or --timeout"));
-    }
-    match (
-        args.linked,
-        args.listen.timeout.is_some(),
-        args.wheel.is_some(),
-    ) {
-        (false, false, false) => Server::<false, UNTIMED>::serve(args),
-        (false, true, _) => Server::<false, TIMERS>::serve(args),
-        (false, false, true) => Server::<false, WHEEL>::serve(args),
-        (true, false, false) => Server::<true, UNTIMED>::serve(args),
-        (true, true, _) => Server::<true, TIMERS>::serve(args),
-        (true, false, true) => Server::<true, WHEEL>::serve(args),
+    let timing = match (args.listen.timeout, args.wheel) {
+        (Some(_), _) => TIMERS,
+        (None, Some(_)) => WHEEL,
+        (None, None) => UNTIMED,
+    };
+    match (args.linked, timing, args.listen.fanout.is_some()) {
+        (false, UNTIMED, true) if !args.plain_recv => Server::<false, UNTIMED, true>::serve(args),
+        (_, _, true) => Err(cannot(
+            "a fan-out with --linked, --plain-recv, --timeout or --wheel",
+        )),
+        (false, UNTIMED, false) => Server::<false, UNTIMED, false>::serve(args),
+        (false, TIMERS, false) => Server::<false, TIMERS, false>::serve(args),
+        (false, _, false) => Server::<false, WHEEL, false>::serve(args),
+        (true, UNTIMED, false) => Server::<true, UNTIMED, false>::serve(args),
+        (true, TIMERS, false) => Err(cannot("a linked SEND has no timer of its own")),
+        (true, _, false) => Server::<true, WHEEL, false>::serve(args),
     }
 }
 
@@ -143,7 +143,7 @@ fn coarse_now() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
+impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TIMING, FANOUT> {
     fn serve(args: &SingleArgs) -> io::Result<()> {
         let listening = Listening::open(&args.listen)?;
         let ring = Ring::open(&args.ring)?;
@@ -285,20 +285,14 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
         }
         let entry = opcode::Recv::new(types::Fd(fd), buffer, self.size)
             .ioprio(ioprio)
-            .flags(if self.fanout.is_some() {
-                libc::MSG_WAITALL
-            } else {
-                0
-            })
+            .flags(if FANOUT { libc::MSG_WAITALL } else { 0 })
             .build()
             .flags(self.fd_flags)
             .user_data(u64::from(index) << 2 | RECV);
         if TIMING != TIMERS {
             return self.ring.push(entry);
         }
-        if !LINKED {
-            self.room_for(2)?;
-        }
+        self.room_for(2)?;
         self.ring.push(entry.flags(Flags::IO_LINK))?;
         self.timer()
     }
@@ -333,7 +327,7 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
         if result <= 0 {
             return self.receive_failed(index, result);
         }
-        if self.fanout.is_some() {
+        if FANOUT {
             return self.publish(index, result);
         }
         let connection = &mut self.connections[index as usize];
@@ -455,8 +449,8 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
 
     #[inline(always)]
     fn sent(&mut self, index: u32, result: i32) -> io::Result<()> {
-        if self.fanout.is_some() {
-            return self.passed_on(index, result);
+        if FANOUT {
+            return self.passed_on();
         }
         let connection = &self.connections[index as usize];
         if LINKED || result as u32 != connection.length - connection.sent {
@@ -519,7 +513,7 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
 
     /// One of the SENDs of a message has completed; a subscriber that cannot be sent to is reported by its RECV.
     #[inline(always)]
-    fn passed_on(&mut self, _index: u32, _result: i32) -> io::Result<()> {
+    fn passed_on(&mut self) -> io::Result<()> {
         if let Some(publishing) = &mut self.fanout {
             publishing.unsent -= 1;
             if let (0, Some(publisher)) = (publishing.unsent, publishing.publisher) {
