@@ -32,9 +32,9 @@ pub struct SingleArgs {
     #[arg(long)]
     linked: bool,
     /// When RECV waits for readiness at once, as it mostly has to in the end.
-    #[arg(long, value_enum, default_value_t = When::Never)]
+    #[arg(long, value_enum, default_value_t = When::Lone)]
     poll_first: When,
-    /// When to try send(2) before a SEND through the ring.
+    /// When to try send(2) before a SEND through the ring, which long ones do unless it is never.
     #[arg(long, value_enum, default_value_t = When::Lone)]
     plain_send: When,
     /// Try recv(2) once the other connections have had their turn, and queue a RECV only if nothing is there.
@@ -86,9 +86,9 @@ struct Server<const LINKED: bool, const TIMING: u8, const FANOUT: bool> {
     poll_first: When,
     plain_send: When,
     plain_recv: bool,
-    /// What the two apply to now.
+    /// What the two come to now: the flags of a RECV, and from which length on a SEND is tried as a plain call first.
     recv_ioprio: u16,
-    plain: bool,
+    plain_from: i32,
     accepting: bool,
     direct: bool,
     fd_flags: Flags,
@@ -169,7 +169,7 @@ impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TI
             },
             plain_recv: args.plain_recv,
             recv_ioprio: 0,
-            plain: false,
+            plain_from: i32::MAX,
             accepting: false,
             direct: args.direct,
             fd_flags: if args.direct {
@@ -210,7 +210,7 @@ impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TI
                 self.ring.enter(want)?;
             }
             let ready = self.ring.ready();
-            self.plain = self.plain_send.applies(ready);
+            self.plain_from = self.plain_send.plain_from(ready);
             self.recv_ioprio = if self.poll_first.applies(ready) {
                 RECVSEND_POLL_FIRST
             } else {
@@ -334,7 +334,7 @@ impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TI
         let (fd, buffer) = (connection.fd, connection.buffer);
         connection.length = result as u32;
         connection.sent = 0;
-        if self.plain {
+        if result >= self.plain_from {
             // SAFETY: the kernel has filled so many bytes of the buffer, and has given it up.
             let bytes = unsafe { std::slice::from_raw_parts(buffer, result as usize) };
             let sent = send_now(fd, bytes);
