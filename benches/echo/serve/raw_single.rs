@@ -19,7 +19,7 @@ use super::ring::{
 use super::{
     ListenArgs, Listening, TICKS, accept_again, accept_exhausted, cannot, positive_seconds,
 };
-use crate::sys::{close, recv_now, send_now};
+use crate::sys::{close, send_now};
 
 /// Options of this server.
 #[derive(Args)]
@@ -37,9 +37,6 @@ pub struct SingleArgs {
     /// When to try send(2) before a SEND through the ring, which long ones do unless it is never.
     #[arg(long, value_enum, default_value_t = When::Lone)]
     plain_send: When,
-    /// Try recv(2) once the other connections have had their turn, and queue a RECV only if nothing is there.
-    #[arg(long)]
-    plain_recv: bool,
     /// A timeout on every receive and send, kept in a coarse list that the ring's wait is limited by, rather than in timers of
     /// the kernel's.
     #[arg(long, value_name = "SECONDS", value_parser = positive_seconds, conflicts_with = "timeout")]
@@ -79,13 +76,9 @@ struct Server<const LINKED: bool, const TIMING: u8, const FANOUT: bool> {
     listening: Listening,
     connections: Vec<Connection>,
     free: Vec<u32>,
-    /// Connections to try a plain receive on.
-    turns: Vec<u32>,
-    buffer: Box<[u8]>,
     size: u32,
     poll_first: When,
     plain_send: When,
-    plain_recv: bool,
     /// What the two come to now: the flags of a RECV, and from which length on a SEND is tried as a plain call first.
     recv_ioprio: u16,
     plain_from: i32,
@@ -107,8 +100,7 @@ pub fn serve(args: &SingleArgs) -> io::Result<()> {
             "receives that wait on one socket all wake for every datagram; raw-multi has one",
         ));
     }
-    let plain = args.plain_recv || args.plain_send == When::Always;
-    if args.direct && plain {
+    if args.direct && args.plain_send == When::Always {
         return Err(cannot("a descriptor of the ring's own has no plain calls"));
     }
     let timing = match (args.listen.timeout, args.wheel) {
@@ -117,10 +109,8 @@ pub fn serve(args: &SingleArgs) -> io::Result<()> {
         (None, None) => UNTIMED,
     };
     match (args.linked, timing, args.listen.fanout.is_some()) {
-        (false, UNTIMED, true) if !args.plain_recv => Server::<false, UNTIMED, true>::serve(args),
-        (_, _, true) => Err(cannot(
-            "a fan-out with --linked, --plain-recv, --timeout or --wheel",
-        )),
+        (false, UNTIMED, true) => Server::<false, UNTIMED, true>::serve(args),
+        (_, _, true) => Err(cannot("a fan-out with --linked, --timeout or --wheel")),
         (false, UNTIMED, false) => Server::<false, UNTIMED, false>::serve(args),
         (false, TIMERS, false) => Server::<false, TIMERS, false>::serve(args),
         (false, _, false) => Server::<false, WHEEL, false>::serve(args),
@@ -152,22 +142,19 @@ impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TI
         }
         let timeout = types::Timespec::from(args.listen.timeout.unwrap_or_default());
         let tick_ns = (args.wheel.unwrap_or_default() / TICKS).as_nanos() as u64;
-        let size = args.listen.buffer.max(args.listen.fanout.unwrap_or(0));
         let mut server = Self {
             ring,
             listening,
             connections: Vec::new(),
             free: Vec::new(),
-            turns: Vec::new(),
-            buffer: vec![0; size as usize].into_boxed_slice(),
-            size,
+            // Each receive of a fan-out waits for one whole message.
+            size: args.listen.fanout.unwrap_or(args.listen.buffer),
             poll_first: args.poll_first,
             plain_send: if args.direct {
                 When::Never
             } else {
                 args.plain_send
             },
-            plain_recv: args.plain_recv,
             recv_ioprio: 0,
             plain_from: i32::MAX,
             accepting: false,
@@ -186,10 +173,6 @@ impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TI
             next_tick: coarse_now() + tick_ns,
             tick: 0,
         };
-        if let Some(size) = args.listen.fanout {
-            // Each receive waits for one whole message.
-            server.size = size;
-        }
         server.accept()?;
         server.listening.announce()?;
         server.run()
@@ -198,16 +181,14 @@ impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TI
     #[inline(never)]
     fn run(&mut self) -> io::Result<()> {
         loop {
-            let want = u32::from(self.turns.is_empty());
             if TIMING == WHEEL {
                 let now = coarse_now();
                 if now >= self.next_tick {
                     self.ticked(now)?;
                 }
-                self.ring
-                    .enter_for(want, self.next_tick.saturating_sub(now))?;
+                self.ring.enter_for(1, self.next_tick.saturating_sub(now))?;
             } else {
-                self.ring.enter(want)?;
+                self.ring.enter(1)?;
             }
             let ready = self.ring.ready();
             self.plain_from = self.plain_send.plain_from(ready);
@@ -225,9 +206,6 @@ impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TI
                 } else if kind == ACCEPT {
                     self.accepted(cqe.result, cqueue::more(cqe.flags))?;
                 }
-            }
-            if !self.turns.is_empty() {
-                self.take_turns()?;
             }
         }
     }
@@ -339,61 +317,13 @@ impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TI
             let bytes = unsafe { std::slice::from_raw_parts(buffer, result as usize) };
             let sent = send_now(fd, bytes);
             if sent == result as isize {
-                return self.next_turn(index, fd, buffer);
+                return self.receive(index, fd, buffer, self.recv_ioprio);
             }
             if sent > 0 {
                 return self.sent_short(index, sent as i32);
             }
         }
         self.send(index, fd, buffer, buffer, result as u32, flags)
-    }
-
-    /// What follows a send: the next receive.
-    #[inline(always)]
-    fn next_turn(&mut self, index: u32, fd: RawFd, buffer: *mut u8) -> io::Result<()> {
-        if self.plain_recv {
-            self.turns.push(index);
-            return Ok(());
-        }
-        self.receive(index, fd, buffer, self.recv_ioprio)
-    }
-
-    /// Tries a plain receive on the connections that have sent, now that all others have had their turn.
-    fn take_turns(&mut self) -> io::Result<()> {
-        let count = self.turns.len();
-        for turn in 0..count {
-            let index = self.turns[turn];
-            let connection = &mut self.connections[index as usize];
-            let (fd, buffer) = (connection.fd, connection.buffer);
-            let received = recv_now(fd, &mut self.buffer);
-            if received <= 0 {
-                // Nothing yet, or the end, which the ring reports.
-                self.receive(index, fd, buffer, RECVSEND_POLL_FIRST)?;
-                continue;
-            }
-            let bytes = &self.buffer[..received as usize];
-            let sent = if self.plain_send == When::Never {
-                0
-            } else {
-                send_now(fd, bytes)
-            };
-            if sent == received {
-                if TIMING == WHEEL {
-                    connection.seen = self.tick;
-                }
-                self.turns.push(index);
-                continue;
-            }
-            // What failed fails again through the ring, or waits there.
-            // SAFETY: both buffers have the same size, and no operation is in flight on the connection's.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer, bytes.len()) };
-            connection.length = received as u32;
-            connection.sent = sent.max(0) as u32;
-            self.send_rest(index)?;
-        }
-        // Those that were lucky come again after the ring's completions.
-        self.turns.drain(..count);
-        Ok(())
     }
 
     #[cold]
@@ -457,7 +387,7 @@ impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TI
             return self.sent_short(index, result);
         }
         let (fd, buffer) = (connection.fd, connection.buffer);
-        self.next_turn(index, fd, buffer)
+        self.receive(index, fd, buffer, self.recv_ioprio)
     }
 
     #[cold]

@@ -427,7 +427,7 @@ impl When {
 }
 
 /// A send is long from here on.
-const LONG_BYTES: i32 = 8192;
+const LONG_BYTES: i32 = 32 * 1024;
 
 // What a completion is about: the low bits of its user data. The rest is the
 
