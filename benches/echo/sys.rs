@@ -46,6 +46,21 @@ pub fn recv(fd: RawFd, buffer: &mut [u8]) -> isize {
     if result < 0 { -errno() } else { result }
 }
 
+/// recv(2) that does not wait even on a blocking socket.
+#[inline(always)]
+pub fn recv_now(fd: RawFd, buffer: &mut [u8]) -> isize {
+    // SAFETY: the buffer is valid for writes of its length.
+    let result = unsafe {
+        libc::recv(
+            fd,
+            buffer.as_mut_ptr().cast(),
+            buffer.len(),
+            libc::MSG_DONTWAIT,
+        )
+    };
+    if result < 0 { -errno() } else { result }
+}
+
 /// send(2) without SIGPIPE, a negative error number on failure.
 #[inline(always)]
 pub fn send(fd: RawFd, buffer: &[u8]) -> isize {
@@ -55,6 +70,22 @@ pub fn send(fd: RawFd, buffer: &[u8]) -> isize {
     if result < 0 { -errno() } else { result }
 }
 
+/// send(2) that does not wait even on a blocking socket.
+#[inline(always)]
+pub fn send_now(fd: RawFd, buffer: &[u8]) -> isize {
+    // SAFETY: the buffer is valid for reads of its length.
+    let result = unsafe {
+        libc::send(
+            fd,
+            buffer.as_ptr().cast(),
+            buffer.len(),
+            libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
+        )
+    };
+    if result < 0 { -errno() } else { result }
+}
+
+/// The error number of the last failed call.
 pub fn errno() -> isize {
     // SAFETY: the location is always valid for the calling thread.
     unsafe { *libc::__errno_location() as isize }
@@ -90,4 +121,11 @@ pub fn epoll_wait(
         };
     }
     Ok(count as usize)
+}
+
+/// Sets an option whose value is an int.
+pub fn set_option(fd: RawFd, level: i32, name: i32, value: i32) -> io::Result<()> {
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the option value is a live c_int of the length given.
+    check(unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), length) }).map(drop)
 }

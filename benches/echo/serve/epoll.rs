@@ -3,21 +3,28 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::{ListenArgs, Listening, TICKS, accept_again, accept_exhausted};
+use super::fanout::Fanout;
+use super::{ListenArgs, Listening, TICKS, accept_again, accept_exhausted, cannot, epoll_udp};
 use crate::sys::{EVENTS, check, close, epoll_open, epoll_set, epoll_wait, errno, recv, send};
 
 /// Options of this server.
 #[derive(Args)]
 pub struct EpollArgs {
     #[command(flatten)]
-    listen: ListenArgs,
+    pub(super) listen: ListenArgs,
     /// Edge-triggered rather than level-triggered.
     #[arg(long)]
     edge: bool,
+    /// Ask again for so long before sleeping.
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(super) spin: Option<u64>,
+    /// Datagrams to receive, and to send, with one call.
+    #[arg(long, value_name = "DATAGRAMS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(super) batch: u32,
 }
 
 /// Data of the listener and the timer; anything less is a connection's index.
@@ -42,11 +49,19 @@ struct Epoll {
     buffer: Box<[u8]>,
     interest: u32,
     edge: bool,
+    spin: Option<Duration>,
+    fanout: Option<Fanout>,
     accepting: bool,
     tick: u32,
 }
 
 pub fn serve(args: &EpollArgs) -> io::Result<()> {
+    if args.listen.udp.is_some() {
+        return epoll_udp::serve(args);
+    }
+    if args.batch > 1 {
+        return Err(cannot("only datagrams come in batches"));
+    }
     let listening = Listening::open(&args.listen)?;
     // SAFETY: plain system call on a descriptor just opened.
     check(unsafe { libc::fcntl(listening.fd, libc::F_SETFL, libc::O_NONBLOCK) })?;
@@ -69,6 +84,8 @@ pub fn serve(args: &EpollArgs) -> io::Result<()> {
         buffer: vec![0u8; args.listen.buffer as usize].into_boxed_slice(),
         interest: libc::EPOLLIN as u32 | edge,
         edge: args.edge,
+        spin: args.spin.map(Duration::from_micros),
+        fanout: args.listen.fanout.map(Fanout::new),
         accepting: false,
         tick: 0,
     };
@@ -102,12 +119,33 @@ fn start_clock(poll: RawFd, period: Duration) -> io::Result<RawFd> {
     Ok(clock)
 }
 
+/// Asks again and again for so long, and only then sleeps.
+pub(super) fn epoll_spin(
+    poll: RawFd,
+    events: &mut [libc::epoll_event; EVENTS],
+    spin: Duration,
+) -> io::Result<usize> {
+    let start = Instant::now();
+    loop {
+        let count = epoll_wait(poll, events, 0)?;
+        if count > 0 {
+            return Ok(count);
+        }
+        if start.elapsed() >= spin {
+            return epoll_wait(poll, events, -1);
+        }
+    }
+}
+
 impl Epoll {
     #[inline(never)]
     fn run(&mut self) -> io::Result<()> {
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
         loop {
-            let count = epoll_wait(self.poll, &mut events, -1)?;
+            let count = match self.spin {
+                None => epoll_wait(self.poll, &mut events, -1)?,
+                Some(spin) => epoll_spin(self.poll, &mut events, spin)?,
+            };
             for event in &events[..count] {
                 match event.u64 {
                     LISTENER => self.accept()?,
@@ -154,7 +192,6 @@ impl Epoll {
                     _ => Err(io::Error::from_raw_os_error(error)),
                 };
             }
-            self.listening.prepare(fd);
             let index = self.free.pop().unwrap_or(self.connections.len() as u32);
             let connection = EpollConn {
                 fd,
@@ -193,6 +230,9 @@ impl Epoll {
                 return self.receive_failed(index, received);
             }
             let received = received as usize;
+            if self.fanout.is_some() {
+                return self.publish(index, received);
+            }
             let sent = send(fd, &self.buffer[..received]);
             if sent != received as isize {
                 return self.sent_short(index, received, sent);
@@ -224,6 +264,58 @@ impl Epoll {
         connection
             .pending
             .extend_from_slice(&self.buffer[sent..received]);
+        connection.sent = 0;
+        let edge = self.interest & libc::EPOLLET as u32;
+        self.watch(libc::EPOLL_CTL_MOD, index, libc::EPOLLOUT as u32 | edge)
+    }
+
+    /// Sends the messages that a receive completes to all connections but the publisher.
+    fn publish(&mut self, index: u32, received: usize) -> io::Result<()> {
+        let Some(mut fanout) = self.fanout.take() else {
+            return Ok(());
+        };
+        if fanout.is_publisher(index) {
+            let buffer = std::mem::take(&mut self.buffer);
+            fanout.take(&buffer[..received], |message| {
+                for other in 0..self.connections.len() as u32 {
+                    if other != index && self.connections[other as usize].fd >= 0 {
+                        self.pass_on(other, message)?;
+                    }
+                }
+                Ok::<(), io::Error>(())
+            })?;
+            self.buffer = buffer;
+        }
+        self.fanout = Some(fanout);
+        if self.edge {
+            // Whatever an edge has announced is received, if need be with another event.
+            self.watch(libc::EPOLL_CTL_MOD, index, self.interest)?;
+        }
+        Ok(())
+    }
+
+    /// Sends a message to a subscriber, what it has no room for later.
+    #[inline(always)]
+    fn pass_on(&mut self, index: u32, message: &[u8]) -> io::Result<()> {
+        let connection = &mut self.connections[index as usize];
+        let waiting = !connection.pending.is_empty();
+        let sent = if waiting {
+            0
+        } else {
+            send(connection.fd, message)
+        };
+        if sent == message.len() as isize {
+            return Ok(());
+        }
+        let sent = match -sent as i32 {
+            libc::EAGAIN | libc::EINTR => 0,
+            _ if sent < 0 => return self.close(index),
+            _ => sent as usize,
+        };
+        connection.pending.extend_from_slice(&message[sent..]);
+        if waiting {
+            return Ok(());
+        }
         connection.sent = 0;
         let edge = self.interest & libc::EPOLLET as u32;
         self.watch(libc::EPOLL_CTL_MOD, index, libc::EPOLLOUT as u32 | edge)

@@ -4,27 +4,34 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU16, Ordering};
 
 use clap::Args;
+use io_uring::squeue::Flags;
 use io_uring::{cqueue, opcode, types};
 
+use super::buffers::{Buffers, GROUP};
 use super::ring::{
-    ACCEPT, KIND, RECV, REGISTER_PBUF_RING, Ring, RingArgs, SEND, SEND_FLAGS, TIMER, map, register,
+    ACCEPT, DIRECT_FILES, KIND, RECV, Ring, RingArgs, SEND, SEND_FLAGS, TIMER, When,
 };
-use super::{ListenArgs, Listening, TICKS, accept_again, accept_exhausted};
-use crate::sys::close;
+use super::{ListenArgs, Listening, TICKS, accept_again, accept_exhausted, cannot, raw_udp};
+use crate::sys::{close, send_now};
 
 /// Options of this server.
 #[derive(Args)]
 pub struct MultiArgs {
     #[command(flatten)]
-    listen: ListenArgs,
+    pub(super) listen: ListenArgs,
     #[command(flatten)]
-    ring: RingArgs,
+    pub(super) ring: RingArgs,
     /// Buffers in the provided buffer ring, a power of two.
-    #[arg(long, default_value_t = 256, value_parser = buffer_count)]
-    buffers: u16,
+    #[arg(long, default_value_t = 1024, value_parser = buffer_count)]
+    pub(super) buffers: u16,
+    /// When to try send(2) before a SEND through the ring.
+    #[arg(long, value_enum, default_value_t = When::Lone)]
+    plain_send: When,
+    /// Use descriptors of the ring's own.
+    #[arg(long)]
+    direct: bool,
 }
 
 fn buffer_count(text: &str) -> Result<u16, String> {
@@ -34,112 +41,16 @@ fn buffer_count(text: &str) -> Result<u16, String> {
     }
 }
 
+/// User data of what needs no answer: of the timer's kind, with an index.
+const OTHER: u64 = 1 << 2 | TIMER;
+/// The end of a list of buffers.
 const NO_BUFFER: u16 = u16::MAX;
-const GROUP: u16 = 0;
 
-/// The provided buffers: the ring shared with the kernel, and for each buffer
-/// what it holds and which one is to be sent after it.
-struct Buffers {
-    entries: *mut types::BufRingEntry,
-    memory: *mut u8,
-    size: u32,
-    mask: u16,
-    tail: u16,
-    published: u16,
-    /// Buffers the kernel has filled and not got back.
-    taken: u16,
-    held: Box<[Held]>,
-}
-
+/// What a buffer holds, and which one is to be sent after it.
 #[derive(Clone, Copy)]
 struct Held {
     length: u32,
     next: u16,
-}
-
-impl Buffers {
-    fn new(count: u16, size: u32, ring_fd: RawFd) -> io::Result<Self> {
-        /// `struct io_uring_buf_reg`.
-        #[repr(C)]
-        struct BufReg {
-            ring_addr: u64,
-            ring_entries: u32,
-            bgid: u16,
-            flags: u16,
-            resv: [u64; 3],
-        }
-        let bytes = usize::from(count) * size_of::<types::BufRingEntry>();
-        let entries = map(bytes, -1, 0)?;
-        let memory = map(usize::from(count) * size as usize, -1, 0)?;
-        let mut registration = BufReg {
-            ring_addr: entries as u64,
-            ring_entries: u32::from(count),
-            bgid: GROUP,
-            flags: 0,
-            resv: [0; 3],
-        };
-        register(ring_fd, REGISTER_PBUF_RING, &mut registration)?;
-        let mut buffers = Self {
-            entries: entries.cast(),
-            memory,
-            size,
-            mask: count - 1,
-            tail: 0,
-            published: 0,
-            taken: count,
-            held: vec![
-                Held {
-                    length: 0,
-                    next: NO_BUFFER
-                };
-                usize::from(count)
-            ]
-            .into_boxed_slice(),
-        };
-        for id in 0..count {
-            buffers.give_back(id);
-        }
-        buffers.publish();
-        Ok(buffers)
-    }
-
-    #[inline(always)]
-    fn address(&self, id: u16) -> *mut u8 {
-        // SAFETY: ids are below the count, for which the memory was mapped.
-        unsafe { self.memory.add(usize::from(id) * self.size as usize) }
-    }
-
-    /// Puts a buffer back; the kernel sees it when it is published.
-    #[inline(always)]
-    fn give_back(&mut self, id: u16) {
-        let address = self.address(id);
-        // SAFETY: the masked tail is within the ring, and the kernel does not read
-        // entries past the published tail.
-        let entry = unsafe { &mut *self.entries.add(usize::from(self.tail & self.mask)) };
-        entry.set_addr(address as u64);
-        entry.set_len(self.size);
-        entry.set_bid(id);
-        self.tail = self.tail.wrapping_add(1);
-    }
-
-    /// Hands the kernel the buffers put back.
-    #[inline(always)]
-    fn publish(&mut self) {
-        let count = self.tail.wrapping_sub(self.published);
-        if count > 0 {
-            self.published = self.tail;
-            self.taken = self.taken.wrapping_sub(count);
-            // SAFETY: the tail is a live, aligned u16 that the kernel only reads.
-            unsafe {
-                let tail = types::BufRingEntry::tail(self.entries).cast::<AtomicU16>();
-                (*tail).store(self.tail, Ordering::Release);
-            }
-        }
-    }
-
-    fn available(&self) -> usize {
-        self.held.len() - usize::from(self.taken)
-    }
 }
 
 struct MultiConn {
@@ -163,24 +74,48 @@ struct Multi {
     ring: Ring,
     listening: Listening,
     buffers: Buffers,
+    held: Box<[Held]>,
     connections: Vec<MultiConn>,
     free: Vec<u32>,
     starved: VecDeque<u32>,
     accepting: bool,
     tick: u32,
     timer: Option<&'static types::Timespec>,
+    plain_send: When,
+    /// The next SEND may be tried as a plain call.
+    plain: bool,
+    direct: bool,
+    fd_flags: Flags,
 }
 
 /// The multishot server. SENDs of one connection follow one another, since two
 /// in flight could be reordered; the buffers waiting form a list per connection.
 pub fn serve(args: &MultiArgs) -> io::Result<()> {
+    if args.listen.udp.is_some() {
+        return raw_udp::serve(args);
+    }
+    args.listen.streams_only()?;
+    if args.direct && args.plain_send == When::Always {
+        return Err(cannot("a descriptor of the ring's own has no plain calls"));
+    }
     let listening = Listening::open(&args.listen)?;
     let ring = Ring::open(&args.ring)?;
+    if args.direct {
+        ring.table(DIRECT_FILES)?;
+    }
     let buffers = Buffers::new(args.buffers, args.listen.buffer, ring.fd)?;
     let mut server = Multi {
         ring,
         listening,
         buffers,
+        held: vec![
+            Held {
+                length: 0,
+                next: NO_BUFFER
+            };
+            usize::from(args.buffers)
+        ]
+        .into_boxed_slice(),
         connections: Vec::new(),
         free: Vec::new(),
         starved: VecDeque::new(),
@@ -190,6 +125,18 @@ pub fn serve(args: &MultiArgs) -> io::Result<()> {
             .listen
             .timeout
             .map(|timeout| &*Box::leak(Box::new(types::Timespec::from(timeout / TICKS)))),
+        plain_send: if args.direct {
+            When::Never
+        } else {
+            args.plain_send
+        },
+        plain: false,
+        direct: args.direct,
+        fd_flags: if args.direct {
+            Flags::FIXED_FILE
+        } else {
+            Flags::empty()
+        },
     };
     server.accept()?;
     server.start_timer()?;
@@ -204,6 +151,7 @@ impl Multi {
         loop {
             self.ring.enter(want)?;
             want = 1;
+            self.plain = self.plain_send.applies(self.ring.ready());
             while let Some(cqe) = self.ring.next() {
                 let (kind, index) = (cqe.user_data & KIND, (cqe.user_data >> 2) as u32);
                 if kind == RECV {
@@ -212,7 +160,7 @@ impl Multi {
                     self.sent(index, cqe.result)?;
                 } else if kind == ACCEPT {
                     self.accepted(cqe.result, cqueue::more(cqe.flags))?;
-                } else {
+                } else if cqe.user_data == TIMER {
                     self.ticked()?;
                 }
             }
@@ -225,8 +173,10 @@ impl Multi {
 
     fn accept(&mut self) -> io::Result<()> {
         self.accepting = true;
+        let flags = if self.direct { 0 } else { libc::SOCK_CLOEXEC };
         let entry = opcode::AcceptMulti::new(types::Fd(self.listening.fd))
-            .flags(libc::SOCK_CLOEXEC)
+            .allocate_file_index(self.direct)
+            .flags(flags)
             .build()
             .user_data(ACCEPT);
         self.ring.push(entry)
@@ -244,7 +194,6 @@ impl Multi {
                 Err(io::Error::from_raw_os_error(-result))
             };
         }
-        self.listening.prepare(result);
         let index = self.free.pop().unwrap_or(self.connections.len() as u32);
         let connection = MultiConn {
             fd: result,
@@ -273,6 +222,7 @@ impl Multi {
         connection.receiving = true;
         let entry = opcode::RecvMulti::new(types::Fd(connection.fd), GROUP)
             .build()
+            .flags(self.fd_flags)
             .user_data(u64::from(index) << 2 | RECV);
         self.ring.push(entry)
     }
@@ -284,23 +234,40 @@ impl Multi {
         };
         let connection = &mut self.connections[index as usize];
         connection.seen = self.tick;
-        self.buffers.taken = self.buffers.taken.wrapping_add(1);
-        let held = &mut self.buffers.held[usize::from(id)];
+        self.buffers.taken();
+        let mut already = 0;
+        if self.plain && connection.first == NO_BUFFER {
+            // SAFETY: the kernel has filled so many bytes of this buffer, and has given it up.
+            let bytes =
+                unsafe { std::slice::from_raw_parts(self.buffers.address(id), result as usize) };
+            let sent = send_now(connection.fd, bytes);
+            if sent == result as isize {
+                self.buffers.give_back(id);
+                return if cqueue::more(flags) {
+                    Ok(())
+                } else {
+                    self.receive_ended(index)
+                };
+            }
+            // What failed fails again through the ring, or waits there.
+            already = sent.max(0) as u32;
+        }
+        let held = &mut self.held[usize::from(id)];
         held.length = result as u32;
         held.next = NO_BUFFER;
         let idle = connection.first == NO_BUFFER;
         if idle {
             connection.first = id;
             connection.last = id;
-            connection.sent = 0;
+            connection.sent = already;
         } else {
-            self.buffers.held[usize::from(connection.last)].next = id;
+            self.held[usize::from(connection.last)].next = id;
             connection.last = id;
         }
         let more = cqueue::more(flags);
         if idle {
             let fd = connection.fd;
-            self.send(index, fd, id, 0, result as u32)?;
+            self.send(index, fd, id, already, result as u32)?;
         }
         if more {
             Ok(())
@@ -323,7 +290,7 @@ impl Multi {
     #[cold]
     fn receive_failed(&mut self, index: u32, result: i32, flags: u32) -> io::Result<()> {
         if let Some(id) = cqueue::buffer_select(flags) {
-            self.buffers.taken = self.buffers.taken.wrapping_add(1);
+            self.buffers.taken();
             self.buffers.give_back(id);
         }
         if cqueue::more(flags) {
@@ -334,6 +301,7 @@ impl Multi {
         match -result {
             _ if connection.ending => {}
             libc::ENOBUFS => {
+                self.buffers.ran_out();
                 connection.starved = true;
                 self.starved.push_back(index);
                 return Ok(());
@@ -372,6 +340,7 @@ impl Multi {
         let entry = opcode::Send::new(types::Fd(fd), start, length - sent)
             .flags(SEND_FLAGS)
             .build()
+            .flags(self.fd_flags)
             .user_data(u64::from(index) << 2 | SEND);
         self.ring.push(entry)
     }
@@ -380,7 +349,7 @@ impl Multi {
     fn sent(&mut self, index: u32, result: i32) -> io::Result<()> {
         let connection = &mut self.connections[index as usize];
         let id = connection.first;
-        let Held { length, next } = self.buffers.held[usize::from(id)];
+        let Held { length, next } = self.held[usize::from(id)];
         if result as u32 != length - connection.sent {
             return self.sent_short(index, result);
         }
@@ -389,7 +358,7 @@ impl Multi {
         let (fd, ending) = (connection.fd, connection.ending);
         self.buffers.give_back(id);
         if next != NO_BUFFER {
-            let length = self.buffers.held[usize::from(next)].length;
+            let length = self.held[usize::from(next)].length;
             self.send(index, fd, next, 0, length)
         } else if ending {
             self.close_if_done(index)
@@ -404,27 +373,28 @@ impl Multi {
         if result > 0 || matches!(-result, libc::EINTR | libc::EAGAIN) {
             connection.sent += result.max(0) as u32;
             let (fd, id, sent) = (connection.fd, connection.first, connection.sent);
-            let length = self.buffers.held[usize::from(id)].length;
+            let length = self.held[usize::from(id)].length;
             return self.send(index, fd, id, sent, length);
         }
         while connection.first != NO_BUFFER {
             let id = connection.first;
-            connection.first = self.buffers.held[usize::from(id)].next;
+            connection.first = self.held[usize::from(id)].next;
             self.buffers.give_back(id);
         }
-        self.end(index);
+        self.end(index)?;
         self.close_if_done(index)
     }
 
     /// Makes the operations in flight on a connection come to their end.
     #[cold]
-    fn end(&mut self, index: u32) {
+    fn end(&mut self, index: u32) -> io::Result<()> {
         let connection = &mut self.connections[index as usize];
         connection.ending = true;
-        // SAFETY: plain system call on a descriptor the connection owns.
-        unsafe {
-            libc::shutdown(connection.fd, libc::SHUT_RDWR);
-        }
+        let entry = opcode::Shutdown::new(types::Fd(connection.fd), libc::SHUT_RDWR)
+            .build()
+            .flags(self.fd_flags | Flags::SKIP_SUCCESS)
+            .user_data(OTHER);
+        self.ring.push(entry)
     }
 
     #[cold]
@@ -435,7 +405,16 @@ impl Multi {
             && !connection.starved
             && connection.first == NO_BUFFER;
         if done && connection.fd >= 0 {
-            close(std::mem::replace(&mut connection.fd, -1));
+            let fd = std::mem::replace(&mut connection.fd, -1);
+            if self.direct {
+                let entry = opcode::Close::new(types::Fixed(fd as u32))
+                    .build()
+                    .flags(Flags::SKIP_SUCCESS)
+                    .user_data(OTHER);
+                self.ring.push(entry)?;
+            } else {
+                close(fd);
+            }
             self.free.push(index);
             if !self.accepting {
                 self.accept()?;
@@ -461,7 +440,7 @@ impl Multi {
                 && !connection.ending
                 && self.tick.wrapping_sub(connection.seen) > TICKS
             {
-                self.end(index as u32);
+                self.end(index as u32)?;
                 self.close_if_done(index as u32)?;
             }
         }

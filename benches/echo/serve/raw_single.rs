@@ -1,17 +1,25 @@
 //! Echo with io_uring: one RECV and then one SEND at a time per connection.
+//!
+//! What a connection does next is always exactly one operation (or one linked chain), so that a closed slot has nothing in
+//! flight. Where a plain call does better than an operation, the options say when it takes its place.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 use clap::Args;
-use io_uring::{cqueue, opcode, squeue, types};
+use io_uring::squeue::Flags;
+use io_uring::{cqueue, opcode, types};
 
 use super::ring::{
-    ACCEPT, KIND, RECV, RECVSEND_POLL_FIRST, Ring, RingArgs, SEND, SEND_FLAGS, TIMER,
+    ACCEPT, DIRECT_FILES, KIND, RECV, RECVSEND_POLL_FIRST, Ring, RingArgs, SEND, SEND_FLAGS, TIMER,
+    When,
 };
-use super::{ListenArgs, Listening, accept_again, accept_exhausted};
-use crate::sys::close;
+use super::{
+    ListenArgs, Listening, TICKS, accept_again, accept_exhausted, cannot, positive_seconds,
+};
+use crate::sys::{close, recv_now, send_now};
 
 /// Options of this server.
 #[derive(Args)]
@@ -23,61 +31,165 @@ pub struct SingleArgs {
     /// Submit each SEND linked to the RECV that follows it, without a completion of its own.
     #[arg(long)]
     linked: bool,
-    /// Have RECV wait for readiness first, as it mostly has to in the end.
+    /// When RECV waits for readiness at once, as it mostly has to in the end.
+    #[arg(long, value_enum, default_value_t = When::Never)]
+    poll_first: When,
+    /// When to try send(2) before a SEND through the ring.
+    #[arg(long, value_enum, default_value_t = When::Lone)]
+    plain_send: When,
+    /// Try recv(2) once the other connections have had their turn, and queue a RECV only if nothing is there.
     #[arg(long)]
-    poll_first: bool,
+    plain_recv: bool,
+    /// A timeout on every receive and send, kept in a coarse list that the ring's wait is limited by, rather than in timers of
+    /// the kernel's.
+    #[arg(long, value_name = "SECONDS", value_parser = positive_seconds, conflicts_with = "timeout")]
+    wheel: Option<Duration>,
+    /// Use descriptors of the ring's own.
+    #[arg(long)]
+    direct: bool,
 }
 
-struct SingleConn {
+// How operations are timed, fixed when compiled to cost nothing where there is no timeout.
+const UNTIMED: u8 = 0;
+const TIMERS: u8 = 1;
+const WHEEL: u8 = 2;
+
+/// User data of what needs no answer.
+const OTHER: u64 = TIMER;
+
+struct Connection {
     buffer: *mut u8,
     fd: RawFd,
     /// How many bytes the buffer holds, and how many of them have been sent.
     length: u32,
     sent: u32,
+    /// The tick of the last receive or send.
+    seen: u32,
+}
+
+/// A fan-out: the publisher, and how many SENDs of its message are in flight.
+struct Publishing {
+    publisher: Option<u32>,
+    unsent: u32,
 }
 
 /// What the options choose is fixed when compiled, to cost nothing per echo.
-struct Single<const LINKED: bool, const TIMED: bool> {
+struct Server<const LINKED: bool, const TIMING: u8> {
     ring: Ring,
     listening: Listening,
-    connections: Vec<SingleConn>,
+    connections: Vec<Connection>,
     free: Vec<u32>,
-    accepting: bool,
+    /// Connections to try a plain receive on.
+    turns: Vec<u32>,
+    buffer: Box<[u8]>,
     size: u32,
+    poll_first: When,
+    plain_send: When,
+    plain_recv: bool,
+    /// What the two apply to now.
     recv_ioprio: u16,
+    plain: bool,
+    accepting: bool,
+    direct: bool,
+    fd_flags: Flags,
+    fanout: Option<Publishing>,
     timeout: &'static types::Timespec,
+    /// The wheel: how long a tick is, when the next one is due, and how many have been.
+    tick_ns: u64,
+    next_tick: u64,
+    tick: u32,
 }
 
+/// Serves until a signal ends the process.
 pub fn serve(args: &SingleArgs) -> io::Result<()> {
-    match (args.linked, args.listen.timeout.is_some()) {
-        (false, false) => Single::<false, false>::serve(args),
-        (false, true) => Single::<false, true>::serve(args),
-        (true, false) => Single::<true, false>::serve(args),
-        (true, true) => Single::<true, true>::serve(args),
+    if args.listen.udp.is_some() {
+        return Err(cannot(
+            "receives that wait on one socket all wake for every datagram; raw-multi has one",
+        ));
+    }
+    let plain = args.plain_recv || args.plain_send == When::Always;
+    if args.direct && plain {
+        return Err(cannot("a descriptor of the ring's own has no plain calls"));
+    }
+    if args.listen.fanout.is_some()
+        && (args.linked || args.plain_recv || args.listen.timeout.is_some())
+    {
+        return Err(cannot("a fan-out with --linked, --plain-recv or --timeout"));
+    }
+    match (
+        args.linked,
+        args.listen.timeout.is_some(),
+        args.wheel.is_some(),
+    ) {
+        (false, false, false) => Server::<false, UNTIMED>::serve(args),
+        (false, true, _) => Server::<false, TIMERS>::serve(args),
+        (false, false, true) => Server::<false, WHEEL>::serve(args),
+        (true, false, false) => Server::<true, UNTIMED>::serve(args),
+        (true, true, _) => Server::<true, TIMERS>::serve(args),
+        (true, false, true) => Server::<true, WHEEL>::serve(args),
     }
 }
 
-/// The single-shot server: what each connection does next is always exactly
-/// one operation (or one linked chain), so a closed slot has nothing in flight.
-impl<const LINKED: bool, const TIMED: bool> Single<LINKED, TIMED> {
+/// Monotonic nanoseconds, to a few milliseconds, for next to nothing.
+fn coarse_now() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the timespec is valid for writes.
+    unsafe {
+        libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut time);
+    }
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
     fn serve(args: &SingleArgs) -> io::Result<()> {
         let listening = Listening::open(&args.listen)?;
         let ring = Ring::open(&args.ring)?;
+        if args.direct {
+            ring.table(DIRECT_FILES)?;
+        }
         let timeout = types::Timespec::from(args.listen.timeout.unwrap_or_default());
+        let tick_ns = (args.wheel.unwrap_or_default() / TICKS).as_nanos() as u64;
+        let size = args.listen.buffer.max(args.listen.fanout.unwrap_or(0));
         let mut server = Self {
             ring,
             listening,
             connections: Vec::new(),
             free: Vec::new(),
-            accepting: false,
-            size: args.listen.buffer,
-            recv_ioprio: if args.poll_first {
-                RECVSEND_POLL_FIRST
+            turns: Vec::new(),
+            buffer: vec![0; size as usize].into_boxed_slice(),
+            size,
+            poll_first: args.poll_first,
+            plain_send: if args.direct {
+                When::Never
             } else {
-                0
+                args.plain_send
             },
+            plain_recv: args.plain_recv,
+            recv_ioprio: 0,
+            plain: false,
+            accepting: false,
+            direct: args.direct,
+            fd_flags: if args.direct {
+                Flags::FIXED_FILE
+            } else {
+                Flags::empty()
+            },
+            fanout: args.listen.fanout.map(|_| Publishing {
+                publisher: None,
+                unsent: 0,
+            }),
             timeout: Box::leak(Box::new(timeout)),
+            tick_ns,
+            next_tick: coarse_now() + tick_ns,
+            tick: 0,
         };
+        if let Some(size) = args.listen.fanout {
+            // Each receive waits for one whole message.
+            server.size = size;
+        }
         server.accept()?;
         server.listening.announce()?;
         server.run()
@@ -86,7 +198,24 @@ impl<const LINKED: bool, const TIMED: bool> Single<LINKED, TIMED> {
     #[inline(never)]
     fn run(&mut self) -> io::Result<()> {
         loop {
-            self.ring.enter(1)?;
+            let want = u32::from(self.turns.is_empty());
+            if TIMING == WHEEL {
+                let now = coarse_now();
+                if now >= self.next_tick {
+                    self.ticked(now)?;
+                }
+                self.ring
+                    .enter_for(want, self.next_tick.saturating_sub(now))?;
+            } else {
+                self.ring.enter(want)?;
+            }
+            let ready = self.ring.ready();
+            self.plain = self.plain_send.applies(ready);
+            self.recv_ioprio = if self.poll_first.applies(ready) {
+                RECVSEND_POLL_FIRST
+            } else {
+                0
+            };
             while let Some(cqe) = self.ring.next() {
                 let (kind, index) = (cqe.user_data & KIND, (cqe.user_data >> 2) as u32);
                 if kind == RECV {
@@ -94,71 +223,93 @@ impl<const LINKED: bool, const TIMED: bool> Single<LINKED, TIMED> {
                 } else if kind == SEND {
                     self.sent(index, cqe.result)?;
                 } else if kind == ACCEPT {
-                    self.accepted(cqe.result)?;
+                    self.accepted(cqe.result, cqueue::more(cqe.flags))?;
                 }
+            }
+            if !self.turns.is_empty() {
+                self.take_turns()?;
             }
         }
     }
 
     fn accept(&mut self) -> io::Result<()> {
         self.accepting = true;
-        let fd = types::Fd(self.listening.fd);
-        let entry = opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut())
-            .flags(libc::SOCK_CLOEXEC)
+        let flags = if self.direct { 0 } else { libc::SOCK_CLOEXEC };
+        let entry = opcode::AcceptMulti::new(types::Fd(self.listening.fd))
+            .allocate_file_index(self.direct)
+            .flags(flags)
             .build()
             .user_data(ACCEPT);
         self.ring.push(entry)
     }
 
     #[cold]
-    fn accepted(&mut self, result: i32) -> io::Result<()> {
+    fn accepted(&mut self, result: i32, more: bool) -> io::Result<()> {
+        self.accepting = more;
         if result < 0 {
-            self.accepting = false;
-            return if accept_again(-result) {
-                self.accept()
-            } else if accept_exhausted(-result) {
+            return if more || accept_exhausted(-result) {
                 Ok(()) // accepting goes on when a connection closes
+            } else if accept_again(-result) {
+                self.accept()
             } else {
                 Err(io::Error::from_raw_os_error(-result))
             };
         }
-        self.listening.prepare(result);
         let index = match self.free.pop() {
             Some(index) => index,
             None => {
                 let buffer = vec![0u8; self.size as usize].into_boxed_slice();
-                self.connections.push(SingleConn {
+                self.connections.push(Connection {
                     buffer: Box::leak(buffer).as_mut_ptr(),
                     fd: -1,
                     length: 0,
                     sent: 0,
+                    seen: 0,
                 });
                 self.connections.len() as u32 - 1
             }
         };
         self.connections[index as usize].fd = result;
         self.receive_again(index)?;
-        self.accept()
+        if !more {
+            self.accept()?;
+        }
+        Ok(())
     }
 
     /// Queues a RECV, for which there is room if it is part of a chain.
     #[inline(always)]
     fn receive(&mut self, index: u32, fd: RawFd, buffer: *mut u8, ioprio: u16) -> io::Result<()> {
-        if TIMED && !LINKED {
-            self.room_for(2)?;
+        if TIMING == WHEEL {
+            self.connections[index as usize].seen = self.tick;
         }
         let entry = opcode::Recv::new(types::Fd(fd), buffer, self.size)
             .ioprio(ioprio)
+            .flags(if self.fanout.is_some() {
+                libc::MSG_WAITALL
+            } else {
+                0
+            })
             .build()
+            .flags(self.fd_flags)
             .user_data(u64::from(index) << 2 | RECV);
-        if !TIMED {
+        if TIMING != TIMERS {
             return self.ring.push(entry);
         }
-        self.ring.push(entry.flags(squeue::Flags::IO_LINK))?;
+        if !LINKED {
+            self.room_for(2)?;
+        }
+        self.ring.push(entry.flags(Flags::IO_LINK))?;
+        self.timer()
+    }
+
+    /// Queues the timer of the operation queued last.
+    #[inline(always)]
+    fn timer(&mut self) -> io::Result<()> {
         let timer = opcode::LinkTimeout::new(self.timeout)
             .build()
-            .flags(squeue::Flags::SKIP_SUCCESS)
-            .user_data(TIMER);
+            .flags(Flags::SKIP_SUCCESS)
+            .user_data(OTHER);
         self.ring.push(timer)
     }
 
@@ -182,12 +333,73 @@ impl<const LINKED: bool, const TIMED: bool> Single<LINKED, TIMED> {
         if result <= 0 {
             return self.receive_failed(index, result);
         }
+        if self.fanout.is_some() {
+            return self.publish(index, result);
+        }
         let connection = &mut self.connections[index as usize];
         let (fd, buffer) = (connection.fd, connection.buffer);
         connection.length = result as u32;
         connection.sent = 0;
-        let start: *const u8 = buffer;
-        self.send(index, fd, buffer, start, result as u32, flags)
+        if self.plain {
+            // SAFETY: the kernel has filled so many bytes of the buffer, and has given it up.
+            let bytes = unsafe { std::slice::from_raw_parts(buffer, result as usize) };
+            let sent = send_now(fd, bytes);
+            if sent == result as isize {
+                return self.next_turn(index, fd, buffer);
+            }
+            if sent > 0 {
+                return self.sent_short(index, sent as i32);
+            }
+        }
+        self.send(index, fd, buffer, buffer, result as u32, flags)
+    }
+
+    /// What follows a send: the next receive.
+    #[inline(always)]
+    fn next_turn(&mut self, index: u32, fd: RawFd, buffer: *mut u8) -> io::Result<()> {
+        if self.plain_recv {
+            self.turns.push(index);
+            return Ok(());
+        }
+        self.receive(index, fd, buffer, self.recv_ioprio)
+    }
+
+    /// Tries a plain receive on the connections that have sent, now that all others have had their turn.
+    fn take_turns(&mut self) -> io::Result<()> {
+        let count = self.turns.len();
+        for turn in 0..count {
+            let index = self.turns[turn];
+            let connection = &mut self.connections[index as usize];
+            let (fd, buffer) = (connection.fd, connection.buffer);
+            let received = recv_now(fd, &mut self.buffer);
+            if received <= 0 {
+                // Nothing yet, or the end, which the ring reports.
+                self.receive(index, fd, buffer, RECVSEND_POLL_FIRST)?;
+                continue;
+            }
+            let bytes = &self.buffer[..received as usize];
+            let sent = if self.plain_send == When::Never {
+                0
+            } else {
+                send_now(fd, bytes)
+            };
+            if sent == received {
+                if TIMING == WHEEL {
+                    connection.seen = self.tick;
+                }
+                self.turns.push(index);
+                continue;
+            }
+            // What failed fails again through the ring, or waits there.
+            // SAFETY: both buffers have the same size, and no operation is in flight on the connection's.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer, bytes.len()) };
+            connection.length = received as u32;
+            connection.sent = sent.max(0) as u32;
+            self.send_rest(index)?;
+        }
+        // Those that were lucky come again after the ring's completions.
+        self.turns.drain(..count);
+        Ok(())
     }
 
     #[cold]
@@ -200,8 +412,8 @@ impl<const LINKED: bool, const TIMED: bool> Single<LINKED, TIMED> {
         }
     }
 
-    /// Queues a SEND of what the buffer holds from `start` on, and in linked
-    /// mode the RECV thereafter; `flags` are those of the last RECV's completion.
+    /// Queues a SEND of what the buffer holds from `start` on, and in linked mode the RECV thereafter; `flags` are those of the
+    /// last RECV's completion.
     #[inline(always)]
     fn send(
         &mut self,
@@ -212,20 +424,27 @@ impl<const LINKED: bool, const TIMED: bool> Single<LINKED, TIMED> {
         length: u32,
         flags: u32,
     ) -> io::Result<()> {
-        if LINKED {
-            self.room_for(3)?;
+        if TIMING == WHEEL {
+            self.connections[index as usize].seen = self.tick;
         }
         let entry = opcode::Send::new(types::Fd(fd), start, length)
             .flags(SEND_FLAGS)
             .build()
+            .flags(self.fd_flags)
             .user_data(u64::from(index) << 2 | SEND);
+        if !LINKED && TIMING == TIMERS {
+            self.room_for(2)?;
+            self.ring.push(entry.flags(Flags::IO_LINK))?;
+            return self.timer();
+        }
         if !LINKED {
             return self.ring.push(entry);
         }
-        // A SEND that fails or falls short breaks the chain and only then
-        // completes visibly; the RECV behind it is then cancelled silently.
-        let chained = squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS;
-        self.ring.push(entry.flags(chained))?;
+        self.room_for(3)?;
+        // A SEND that fails or falls short breaks the chain and only then completes visibly; the RECV behind it is then
+        // cancelled silently.
+        self.ring
+            .push(entry.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS))?;
         let ioprio = if cqueue::sock_nonempty(flags) {
             0
         } else {
@@ -236,12 +455,15 @@ impl<const LINKED: bool, const TIMED: bool> Single<LINKED, TIMED> {
 
     #[inline(always)]
     fn sent(&mut self, index: u32, result: i32) -> io::Result<()> {
+        if self.fanout.is_some() {
+            return self.passed_on(index, result);
+        }
         let connection = &self.connections[index as usize];
         if LINKED || result as u32 != connection.length - connection.sent {
             return self.sent_short(index, result);
         }
         let (fd, buffer) = (connection.fd, connection.buffer);
-        self.receive(index, fd, buffer, self.recv_ioprio)
+        self.next_turn(index, fd, buffer)
     }
 
     #[cold]
@@ -255,6 +477,12 @@ impl<const LINKED: bool, const TIMED: bool> Single<LINKED, TIMED> {
         } else if !matches!(-result, libc::EINTR | libc::EAGAIN) {
             return self.close(index);
         }
+        self.send_rest(index)
+    }
+
+    #[cold]
+    fn send_rest(&mut self, index: u32) -> io::Result<()> {
+        let connection = &self.connections[index as usize];
         let (fd, buffer) = (connection.fd, connection.buffer);
         let length = connection.length - connection.sent;
         // SAFETY: `sent` never exceeds the length of what the buffer holds.
@@ -262,15 +490,78 @@ impl<const LINKED: bool, const TIMED: bool> Single<LINKED, TIMED> {
         self.send(index, fd, buffer, start, length, 0)
     }
 
+    /// Sends the publisher's message to all others; its next receive waits for that.
+    fn publish(&mut self, index: u32, length: i32) -> io::Result<()> {
+        let Some(publishing) = &mut self.fanout else {
+            return Ok(());
+        };
+        if *publishing.publisher.get_or_insert(index) != index {
+            return self.receive_again(index);
+        }
+        let message: *const u8 = self.connections[index as usize].buffer;
+        for other in 0..self.connections.len() as u32 {
+            let fd = self.connections[other as usize].fd;
+            if other == index || fd < 0 {
+                continue;
+            }
+            let entry = opcode::Send::new(types::Fd(fd), message, length as u32)
+                .flags(SEND_FLAGS)
+                .build()
+                .flags(self.fd_flags)
+                .user_data(u64::from(other) << 2 | SEND);
+            self.ring.push(entry)?;
+            if let Some(publishing) = &mut self.fanout {
+                publishing.unsent += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// One of the SENDs of a message has completed; a subscriber that cannot be sent to is reported by its RECV.
+    #[inline(always)]
+    fn passed_on(&mut self, _index: u32, _result: i32) -> io::Result<()> {
+        if let Some(publishing) = &mut self.fanout {
+            publishing.unsent -= 1;
+            if let (0, Some(publisher)) = (publishing.unsent, publishing.publisher) {
+                return self.receive_again(publisher);
+            }
+        }
+        Ok(())
+    }
+
     #[cold]
     fn close(&mut self, index: u32) -> io::Result<()> {
-        close(std::mem::replace(
-            &mut self.connections[index as usize].fd,
-            -1,
-        ));
+        let fd = std::mem::replace(&mut self.connections[index as usize].fd, -1);
+        if self.direct {
+            let entry = opcode::Close::new(types::Fixed(fd as u32))
+                .build()
+                .flags(Flags::SKIP_SUCCESS)
+                .user_data(OTHER);
+            self.ring.push(entry)?;
+        } else {
+            close(fd);
+        }
         self.free.push(index);
         if !self.accepting {
             self.accept()?;
+        }
+        Ok(())
+    }
+
+    /// Ends what the wheel finds too old: its operation fails, and with that it closes.
+    #[cold]
+    fn ticked(&mut self, now: u64) -> io::Result<()> {
+        self.next_tick = now + self.tick_ns;
+        self.tick = self.tick.wrapping_add(1);
+        for index in 0..self.connections.len() {
+            let connection = &self.connections[index];
+            if connection.fd >= 0 && self.tick.wrapping_sub(connection.seen) > TICKS {
+                let entry = opcode::Shutdown::new(types::Fd(connection.fd), libc::SHUT_RDWR)
+                    .build()
+                    .flags(self.fd_flags | Flags::SKIP_SUCCESS)
+                    .user_data(OTHER);
+                self.ring.push(entry)?;
+            }
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use clap::Args;
-use io_uring::squeue;
+use io_uring::{squeue, types};
 
 use crate::sys::{check, other};
 
@@ -26,7 +26,10 @@ pub const SETUP_NO_SQARRAY: u32 = 1 << 16;
 pub const FEAT_SINGLE_MMAP: u32 = 1 << 0;
 pub const OFF_SQES: libc::off_t = 0x1000_0000;
 pub const ENTER_GETEVENTS: u32 = 1 << 0;
+const ENTER_EXT_ARG: u32 = 1 << 3;
 pub const ENTER_REGISTERED_RING: u32 = 1 << 4;
+const REGISTER_SPARSE: u32 = 1;
+const REGISTER_FILES2: u32 = 13;
 pub const REGISTER_RING_FDS: u32 = 20;
 pub const REGISTER_PBUF_RING: u32 = 22;
 pub const RECVSEND_POLL_FIRST: u16 = 1 << 0;
@@ -121,17 +124,18 @@ pub fn map(bytes: usize, fd: RawFd, offset: libc::off_t) -> io::Result<*mut u8> 
     } else {
         libc::MAP_SHARED
     };
+    map_with(bytes, kind | libc::MAP_POPULATE, fd, offset)
+}
+
+/// Maps anonymous memory, a page of which is there when it is first used.
+pub fn map_lazily(bytes: usize) -> io::Result<*mut u8> {
+    map_with(bytes, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+}
+
+fn map_with(bytes: usize, flags: i32, fd: RawFd, offset: libc::off_t) -> io::Result<*mut u8> {
+    let access = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a mapping at a place of the kernel's choice disturbs nothing.
-    let address = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            bytes,
-            libc::PROT_READ | libc::PROT_WRITE,
-            kind | libc::MAP_POPULATE,
-            fd,
-            offset,
-        )
-    };
+    let address = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, fd, offset) };
     if address == libc::MAP_FAILED {
         Err(io::Error::last_os_error())
     } else {
@@ -237,18 +241,45 @@ impl Ring {
     /// Submits everything queued and waits for `want` completions.
     #[inline(always)]
     pub fn enter(&mut self, want: u32) -> io::Result<()> {
+        self.enter_with(want, self.enter_flags, std::ptr::null(), 0)
+    }
+
+    /// As [`enter`](Ring::enter), waiting no longer than so many nanoseconds.
+    #[inline(always)]
+    pub fn enter_for(&mut self, want: u32, timeout_ns: u64) -> io::Result<()> {
+        let timeout = types::Timespec::new()
+            .sec(timeout_ns / 1_000_000_000)
+            .nsec((timeout_ns % 1_000_000_000) as u32);
+        let argument = types::SubmitArgs::new().timespec(&timeout);
+        self.enter_with(
+            want,
+            self.enter_flags | ENTER_EXT_ARG,
+            (&raw const argument).cast(),
+            size_of::<types::SubmitArgs<'_, '_>>(),
+        )
+    }
+
+    #[inline(always)]
+    fn enter_with(
+        &mut self,
+        want: u32,
+        flags: u32,
+        argument: *const libc::c_void,
+        size: usize,
+    ) -> io::Result<()> {
         self.shared_cq_head.store(self.cq_head, Ordering::Release);
         self.shared_sq_tail.store(self.sq_tail, Ordering::Release);
-        // SAFETY: every queued entry points to memory that outlives its operation.
+        let submit = self.sq_tail.wrapping_sub(self.sq_taken);
+        // SAFETY: every queued entry points to memory that outlives its operation, and the argument outlives the call.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_io_uring_enter,
                 self.enter_fd,
-                self.sq_tail.wrapping_sub(self.sq_taken),
+                submit,
                 want,
-                self.enter_flags,
-                std::ptr::null::<libc::c_void>(),
-                0usize,
+                flags,
+                argument,
+                size,
             )
         };
         self.sq_taken = self.shared_sq_head.load(Ordering::Acquire);
@@ -257,6 +288,34 @@ impl Ring {
             return enter_failed();
         }
         Ok(())
+    }
+
+    /// How many completions wait to be taken, as of the last `enter`.
+    #[inline(always)]
+    pub fn ready(&self) -> u32 {
+        self.cq_tail.wrapping_sub(self.cq_head)
+    }
+
+    /// Gives the ring a table of so many descriptors of its own.
+    pub fn table(&self, count: u32) -> io::Result<()> {
+        /// `struct io_uring_rsrc_register`.
+        #[repr(C)]
+        struct Table {
+            count: u32,
+            flags: u32,
+            resv: u64,
+            data: u64,
+            tags: u64,
+        }
+        let mut table = Table {
+            count,
+            flags: REGISTER_SPARSE,
+            resv: 0,
+            data: 0,
+            tags: 0,
+        };
+        let size = size_of::<Table>() as u32;
+        register_of(self.fd, REGISTER_FILES2, &mut table, size)
     }
 
     /// The next completion, if one has come by the last `enter`.
@@ -309,26 +368,50 @@ impl Ring {
 
 /// io_uring_register(2) with one argument; its success may be 0 or 1.
 pub fn register<T>(fd: RawFd, operation: u32, argument: &mut T) -> io::Result<()> {
+    register_of(fd, operation, argument, 1)
+}
+
+fn register_of<T>(fd: RawFd, operation: u32, argument: &mut T, count: u32) -> io::Result<()> {
+    let argument = std::ptr::from_mut(argument);
     // SAFETY: the callers pass the structure that the operation takes.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_io_uring_register,
-            fd,
-            operation,
-            std::ptr::from_mut(argument),
-            1u32,
-        )
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_io_uring_register, fd, operation, argument, count) };
     check(result as libc::c_int).map(drop)
 }
 
 #[cold]
-pub fn enter_failed() -> io::Result<()> {
+fn enter_failed() -> io::Result<()> {
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
         // Interrupted, or completions must be taken before more can be done.
         Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME) => Ok(()),
         _ => Err(error),
+    }
+}
+
+/// Descriptors of a ring's own.
+pub const DIRECT_FILES: u32 = 16_384;
+
+/// When a plain call or an option takes the place of what the ring does otherwise.
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+pub enum When {
+    /// Not at all.
+    Never,
+    /// If nothing else is ready, so that there is nothing to batch with.
+    Lone,
+    /// Every time.
+    Always,
+}
+
+impl When {
+    /// Whether it does with so many completions at hand.
+    #[inline(always)]
+    pub fn applies(self, ready: u32) -> bool {
+        match self {
+            Self::Never => false,
+            Self::Lone => ready <= 1,
+            Self::Always => true,
+        }
     }
 }
 

@@ -1,0 +1,171 @@
+//! Datagrams with epoll: one call for each, or one for a batch (recvmmsg, sendmmsg).
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::zeroed;
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+use super::epoll::{EpollArgs, epoll_spin};
+use super::{Listening, cannot};
+use crate::sys::{EVENTS, epoll_open, epoll_set, epoll_wait};
+
+/// How many calls find datagrams before another look at the events.
+const TURNS: usize = 64;
+
+/// Serves until a signal ends the process.
+pub fn serve(args: &EpollArgs) -> io::Result<()> {
+    if args.listen.fanout.is_some() {
+        return Err(cannot("no fan-out of datagrams"));
+    }
+    if args.listen.timeout.is_some() {
+        return Err(cannot(
+            "a socket that serves everybody has nobody to time out",
+        ));
+    }
+    let listening = Listening::open(&args.listen)?;
+    let poll = epoll_open()?;
+    epoll_set(
+        poll,
+        libc::EPOLL_CTL_ADD,
+        listening.fd,
+        libc::EPOLLIN as u32,
+        0,
+    )?;
+    listening.announce()?;
+    let spin = args.spin.map(Duration::from_micros);
+    let mut batch = Batch::new(args.batch as usize, args.listen.buffer as usize);
+    let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
+    loop {
+        let count = match spin {
+            None => epoll_wait(poll, &mut events, -1)?,
+            Some(spin) => epoll_spin(poll, &mut events, spin)?,
+        };
+        if count > 0 {
+            for _ in 0..TURNS {
+                let more = if args.batch > 1 {
+                    batch.many(listening.fd)
+                } else {
+                    batch.one(listening.fd)
+                };
+                if !more {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Room for datagrams and where they came from; the pointers are into memory that stays where it is.
+struct Batch {
+    messages: Vec<libc::mmsghdr>,
+    _vectors: Vec<libc::iovec>,
+    names: Vec<libc::sockaddr_storage>,
+    buffers: Vec<Box<[u8]>>,
+}
+
+const NAME_BYTES: libc::socklen_t = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+
+impl Batch {
+    fn new(count: usize, size: usize) -> Self {
+        let mut buffers: Vec<Box<[u8]>> = (0..count).map(|_| vec![0; size].into()).collect();
+        // SAFETY: all-zero is a valid value of both.
+        let (mut names, mut messages) = unsafe {
+            let names: Vec<libc::sockaddr_storage> = vec![zeroed(); count];
+            let messages: Vec<libc::mmsghdr> = vec![zeroed(); count];
+            (names, messages)
+        };
+        let mut vectors: Vec<libc::iovec> = buffers
+            .iter_mut()
+            .map(|buffer| libc::iovec {
+                iov_base: buffer.as_mut_ptr().cast(),
+                iov_len: size,
+            })
+            .collect();
+        for index in 0..count {
+            let header = &mut messages[index].msg_hdr;
+            header.msg_name = (&raw mut names[index]).cast();
+            header.msg_iov = &raw mut vectors[index];
+            header.msg_iovlen = 1;
+        }
+        Self {
+            messages,
+            _vectors: vectors,
+            names,
+            buffers,
+        }
+    }
+
+    /// Echoes one datagram; whether there was one. Sending waits for room.
+    #[inline(always)]
+    fn one(&mut self, fd: RawFd) -> bool {
+        let buffer = &mut self.buffers[0];
+        let name = (&raw mut self.names[0]).cast();
+        let mut length = NAME_BYTES;
+        // SAFETY: buffer and name are valid for the lengths given. A datagram that cannot be sent is lost.
+        unsafe {
+            let received = libc::recvfrom(
+                fd,
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+                libc::MSG_DONTWAIT,
+                name,
+                &mut length,
+            );
+            if received < 0 {
+                return false;
+            }
+            libc::sendto(
+                fd,
+                buffer.as_ptr().cast(),
+                received as usize,
+                0,
+                name,
+                length,
+            );
+        }
+        true
+    }
+
+    /// Echoes a batch; whether it was full, so that there may be more.
+    #[inline(always)]
+    fn many(&mut self, fd: RawFd) -> bool {
+        let size = self.buffers[0].len();
+        let full = self.messages.len();
+        for message in &mut self.messages {
+            message.msg_hdr.msg_namelen = NAME_BYTES;
+            // SAFETY: the vector belongs to this batch.
+            unsafe { (*message.msg_hdr.msg_iov).iov_len = size };
+        }
+        // SAFETY: the headers point to memory of this batch, of the lengths they say.
+        let count = unsafe {
+            libc::recvmmsg(
+                fd,
+                self.messages.as_mut_ptr(),
+                full as u32,
+                libc::MSG_DONTWAIT,
+                std::ptr::null_mut(),
+            )
+        };
+        let count = count.max(0) as usize;
+        for message in &mut self.messages[..count] {
+            // SAFETY: as above.
+            unsafe { (*message.msg_hdr.msg_iov).iov_len = message.msg_len as usize };
+        }
+        let mut sent = 0;
+        while sent < count {
+            // SAFETY: as above.
+            let now = unsafe {
+                libc::sendmmsg(
+                    fd,
+                    self.messages[sent..].as_mut_ptr(),
+                    (count - sent) as u32,
+                    0,
+                )
+            };
+            // A datagram that cannot be sent is lost.
+            sent += now.max(1) as usize;
+        }
+        count == full
+    }
+}

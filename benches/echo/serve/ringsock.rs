@@ -1,0 +1,165 @@
+//! Echo with the crate under test, as its example `echo_server` has it.
+
+use std::cell::RefCell;
+use std::io::{self, Write};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread;
+
+use ringsock::prelude::*;
+use ringsock::{CreateServer, Runtime};
+
+use super::fanout::Fanout;
+use super::{ListenArgs, cannot};
+
+/// Serves until a signal ends the process: a fiber for each connection, all on one worker, which is the main thread.
+pub fn serve(args: ListenArgs) -> io::Result<()> {
+    let runtime = Runtime::builder().workers(1);
+    let served = runtime.run(move || match (args.udp, args.fanout) {
+        (Some(_), Some(_)) => Err(cannot("no fan-out of datagrams")),
+        (Some(_), None) => datagrams(&args),
+        (None, Some(size)) => fanout(&args, size),
+        (None, None) => streams(args),
+    });
+    served.map_err(io::Error::from).and_then(|served| served)
+}
+
+/// Serves until a signal ends the process: a thread for each connection, and no fiber.
+pub fn serve_threads(args: ListenArgs) -> io::Result<()> {
+    args.streams_only()?;
+    let listener = listen(&args)?;
+    let args = Arc::new(args);
+    loop {
+        let (conn, _) = listener.accept()?;
+        let args = args.clone();
+        let main = move || {
+            prepare(&conn, &args).and_then(|()| echo(&conn, &mut vec![0; args.buffer as usize]))
+        };
+        thread::Builder::new().stack_size(256 * 1024).spawn(main)?;
+    }
+}
+
+/// What every connection gets.
+fn prepare(conn: &Socket, args: &ListenArgs) -> ringsock::Result<()> {
+    if conn.family() != AF_UNIX {
+        conn.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)?;
+    }
+    if args.timeout.is_some() {
+        conn.settimeout(args.timeout.map(|timeout| timeout.as_secs_f64()))?;
+    }
+    Ok(())
+}
+
+/// One connection: receive, send back, until the peer shuts down its side.
+fn echo(conn: &Socket, buffer: &mut [u8]) -> ringsock::Result<()> {
+    loop {
+        let n = conn.recv_into(buffer)?;
+        if n == 0 {
+            return Ok(());
+        }
+        conn.sendall(&buffer[..n])?;
+    }
+}
+
+fn announce(address: &Address) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "listening on {address}")?;
+    out.flush()
+}
+
+fn streams(args: ListenArgs) -> io::Result<()> {
+    if let Some(path) = &args.unix {
+        let _ = std::fs::remove_file(path);
+    }
+    let unix = args.unix.clone();
+    let bind = args.bind;
+    let handler = move |conn: Socket, _peer: Address| {
+        prepare(&conn, &args)?;
+        let buffer_bytes = args.buffer as usize;
+        if buffer_bytes <= 4096 {
+            // On the fiber's own stack, as one would write it for a thread.
+            echo(&conn, &mut [0; 4096][..buffer_bytes])
+        } else {
+            echo(&conn, &mut vec![0; buffer_bytes])
+        }
+    };
+    let server = match unix {
+        Some(path) => ringsock::serve(path.as_path(), handler)?,
+        None => ringsock::serve(bind, handler)?,
+    };
+    announce(server.address())?;
+    server.wait();
+    Ok(())
+}
+
+/// A listener of one's own.
+fn listen(args: &ListenArgs) -> io::Result<Socket> {
+    let listener = if let Some(path) = &args.unix {
+        let _ = std::fs::remove_file(path);
+        let listener = Socket::new(AF_UNIX, SOCK_STREAM, 0)?;
+        listener.bind(path.as_path())?;
+        listener.listen(4096)?;
+        listener
+    } else {
+        let options = CreateServer {
+            backlog: Some(4096),
+            ..CreateServer::default()
+        };
+        ringsock::create_server_with(args.bind, options)?
+    };
+    announce(&listener.getsockname()?)?;
+    Ok(listener)
+}
+
+/// The first connection that sends is the publisher; its fiber sends to all others.
+fn fanout(args: &ListenArgs, size: u32) -> io::Result<()> {
+    let listener = listen(args)?;
+    let everyone: Rc<RefCell<Vec<Socket>>> = Rc::default();
+    let publisher = Rc::new(RefCell::new(Fanout::new(size)));
+    for index in 0.. {
+        let (conn, _) = listener.accept()?;
+        prepare(&conn, args)?;
+        everyone.borrow_mut().push(conn.clone());
+        let (everyone, publisher) = (everyone.clone(), publisher.clone());
+        let mut buffer = vec![0; args.buffer as usize];
+        ringsock::spawn(move || {
+            loop {
+                let n = conn.recv_into(&mut buffer)?;
+                if n == 0 {
+                    return conn.shutdown(SHUT_RDWR);
+                }
+                // The publisher's fiber keeps the borrow while it sends: who meets it there is not the publisher.
+                let publishes = publisher
+                    .try_borrow_mut()
+                    .is_ok_and(|mut publisher| publisher.is_publisher(index));
+                if !publishes {
+                    continue;
+                }
+                publisher.borrow_mut().take(&buffer[..n], |message| {
+                    for other in 0..everyone.borrow().len() {
+                        let subscriber = everyone.borrow()[other].clone();
+                        if other != index as usize && subscriber.sendall(message).is_err() {
+                            let _ = subscriber.shutdown(SHUT_RDWR);
+                        }
+                    }
+                    Ok::<(), Error>(())
+                })?;
+            }
+        });
+    }
+    Ok(())
+}
+
+fn datagrams(args: &ListenArgs) -> io::Result<()> {
+    let socket = Socket::new(AF_INET, SOCK_DGRAM, 0)?;
+    socket.bind(args.udp.expect("an address for datagrams"))?;
+    socket.settimeout(args.timeout.map(|timeout| timeout.as_secs_f64()))?;
+    announce(&socket.getsockname()?)?;
+    let mut buffer = vec![0; args.buffer as usize];
+    loop {
+        // A datagram that could not be received or sent, or not in time, is lost, as datagrams may be.
+        if let Ok((count, Some(peer))) = socket.recvfrom_into(&mut buffer) {
+            let _ = socket.sendto(&buffer[..count], peer);
+        }
+    }
+}
