@@ -8,12 +8,13 @@ use super::cells::{Cell, Family, Kind, Lineup};
 
 /// Ours.
 pub const OURS: &str = "ringsock";
-/// Both are epoll as one would write it by hand; the better of them in a cell is what others are compared to.
-pub const EPOLLS: [&str; 2] = ["epoll", "epoll edge"];
+/// Epoll as one would write it by hand: level-triggered, edge-triggered, and for datagrams with recvmmsg and sendmmsg. The best of
+/// them in a cell is what others are compared to.
+pub const EPOLLS: [&str; 3] = ["epoll", "epoll edge", "epoll mmsg"];
 /// The first of [`EPOLLS`] once more: what it differs by from itself is chance.
 pub const AGAIN: &str = "epoll again";
 /// The hand-written rings, which are limits and no rivals.
-pub const LIMITS: [&str; 3] = ["raw-single", "raw-multi", "raw-multi direct"];
+pub const LIMITS: [&str; 4] = ["raw-single", "raw-multi", "raw-multi direct", "poll-ring"];
 /// Other people's runtimes; each is a program `peer-NAME` of the package `benches/peers`.
 pub const PEERS: [&str; 6] = ["tokio", "monoio", "compio", "glommio", "tokio-uring", "may"];
 /// Echoes wrong bytes now and then, and takes part only if named: the harness must find it out.
@@ -21,6 +22,8 @@ pub const CORRUPT: &str = "corrupt";
 
 /// Seconds of the timeout that every operation has in its cells: one that never comes.
 const TIMEOUT: &str = "30";
+/// Datagrams of one recvmmsg.
+const BATCH: &str = "32";
 /// Microseconds to spin before sleeping.
 const SPIN: &str = "50";
 
@@ -44,9 +47,12 @@ impl Contender {
     }
 
     pub fn takes_part(&self, cell: &Cell) -> bool {
-        // Memory and latency differ by no chance that a second row would show, and edges are no matter to idle connections.
-        let twice = cell.kind == Kind::Idle && (self.name == AGAIN || self.name == EPOLLS[1]);
-        self.lineup == cell.lineup && !twice
+        let idle = cell.kind == Kind::Idle;
+        // Memory differs by no chance that a second row would show, and edges are no matter to idle connections.
+        let same = idle && (self.name == AGAIN || self.name == EPOLLS[1]);
+        // Only datagrams come several to a call.
+        let unlike = self.name == EPOLLS[2] && cell.family != Family::Udp;
+        self.lineup == cell.lineup && !same && !unlike
     }
 
     /// The server's command line; `socket` is where a Unix socket may be made.
@@ -68,14 +74,17 @@ impl Contender {
 /// Everyone who can take part, and a sentence about each who is missing.
 pub fn all(root: &Path, peers: Option<&Path>) -> io::Result<(Vec<Contender>, Vec<String>)> {
     use Lineup::{Main, Spin, Threads, Timeouts};
-    let [epoll, edge] = EPOLLS;
+    let [epoll, edge, mmsg] = EPOLLS;
     let mut contenders = vec![
         Contender::new(Main, OURS, &["ringsock"])?,
         Contender::new(Main, epoll, &["epoll"])?,
         Contender::new(Main, AGAIN, &["epoll"])?,
         Contender::new(Main, edge, &["epoll", "--edge"])?,
+        Contender::new(Main, mmsg, &["epoll", "--batch", BATCH])?,
         Contender::new(Main, "raw-single", &["raw-single"])?,
         Contender::new(Main, "raw-multi", &["raw-multi"])?,
+        Contender::new(Main, "raw-multi direct", &["raw-multi", "--direct"])?,
+        Contender::new(Main, "poll-ring", &["poll-ring"])?,
         Contender::new(Main, "threads", &["threads"])?,
         Contender::new(Main, CORRUPT, &["corrupt"])?,
         Contender::new(Timeouts, OURS, &["ringsock"])?,
@@ -93,7 +102,7 @@ pub fn all(root: &Path, peers: Option<&Path>) -> io::Result<(Vec<Contender>, Vec
         Contender::new(
             Timeouts,
             "raw-single wheel",
-            &["raw-single", "--wheel", "--timeout", TIMEOUT],
+            &["raw-single", "--wheel", TIMEOUT],
         )?,
         Contender::new(Timeouts, epoll, &["epoll"])?,
         Contender::new(Spin, OURS, &["ringsock"])?,

@@ -171,9 +171,8 @@ fn chosen_cells(args: &HarnessArgs) -> io::Result<Vec<Cell>> {
     }
     let mut chosen = cells::grid();
     chosen.retain(|cell| {
-        args.cells
-            .iter()
-            .any(|name| cell.name.contains(name.as_str()))
+        let mut patterns = args.cells.iter();
+        patterns.any(|pattern| matches(&cell.name, pattern))
     });
     if chosen.is_empty() {
         return Err(io::Error::other(

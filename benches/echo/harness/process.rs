@@ -199,7 +199,9 @@ fn failure(status: ExitStatus, stderr: &str) -> Failure {
             return Failure::Cannot(reason.to_owned());
         }
         // So says an argument parser that does not know of what others can.
-        let unknown = stderr.lines().find_map(|line| line.strip_prefix("error: unexpected argument '"));
+        let unknown = stderr
+            .lines()
+            .find_map(|line| line.strip_prefix("error: unexpected argument '"));
         if let Some(option) = unknown.and_then(|rest| rest.split('\'').next()) {
             return Failure::Cannot(format!("has no option {option}"));
         }

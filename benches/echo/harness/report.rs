@@ -135,10 +135,11 @@ fn conditions(run: &Run) -> String {
         .map(|round| round.stolen)
         .fold(0.0, f64::max);
     let mut out = format!(
-        "{} {} rounds in {:.0} min; runs repeated because the hypervisor took time: {repeats}; most it took of a run that counts: \
+        "{} {} round{} in {:.0} min; runs repeated because the hypervisor took time: {repeats}; most it took of a run that counts: \
          {:.1} %.",
         run.measure.sentence(),
         run.rounds,
+        if run.rounds == 1 { "" } else { "s" },
         run.seconds / 60.0,
         100.0 * stolen,
     );
@@ -248,8 +249,8 @@ fn details(run: &Run, cell: &CellResult) -> String {
     let mut table = Table::new(&head);
     for contender in &cell.contenders {
         let mut row = vec![contender.name.clone()];
-        if let Some(reason) = why_not(contender) {
-            row.push(reason);
+        if contender.rounds.is_empty() && why_not(contender).is_some() {
+            row.push(mark(contender).to_owned());
             row.resize(head.len(), String::new());
             table.push(row);
             continue;
@@ -307,7 +308,7 @@ fn details(run: &Run, cell: &CellResult) -> String {
         ));
         table.push(row);
     }
-    let mut out = table.render();
+    let mut out = table.render() + &reasons(cell);
     if let Some(rate) = cell.offered {
         write!(out, "\nLatency at {rate:.0} messages/s offered to each, from when a message should have been sent.\n").expect("to a string");
         for contender in &cell.contenders {
@@ -337,9 +338,30 @@ fn all_lost(cell: &CellResult) -> f64 {
 fn why_not(contender: &ContenderResult) -> Option<String> {
     match (&contender.broken, &contender.cannot) {
         (Some(how), _) => Some(format!("FAILED: {how}")),
-        (None, Some(reason)) => Some(format!("{NOTHING} {reason}")),
+        (None, Some(reason)) => Some(reason.clone()),
         _ => None,
     }
+}
+
+/// What stands for the figures of a contender that has none.
+fn mark(contender: &ContenderResult) -> &'static str {
+    if contender.broken.is_some() {
+        "FAILED"
+    } else {
+        NOTHING
+    }
+}
+
+/// Under a table: why contenders have no figures.
+fn reasons(cell: &CellResult) -> String {
+    let mut out = String::new();
+    for contender in &cell.contenders {
+        if let Some(reason) = why_not(contender) {
+            let first = if out.is_empty() { "\n" } else { "" };
+            writeln!(out, "{first}* {}: {reason}", contender.name).expect("to a string");
+        }
+    }
+    out
 }
 
 fn idle(cell: &CellResult) -> String {
@@ -347,7 +369,11 @@ fn idle(cell: &CellResult) -> String {
     for contender in &cell.contenders {
         let memory = contender.rounds.first().and_then(|round| round.idle);
         table.push(match (why_not(contender), memory) {
-            (Some(reason), _) => vec![contender.name.clone(), reason, String::new()],
+            (Some(_), _) => vec![
+                contender.name.clone(),
+                mark(contender).to_owned(),
+                String::new(),
+            ],
             (None, Some(memory)) => {
                 let bytes = |value: f64| format!("{value:.0}");
                 vec![
@@ -363,7 +389,7 @@ fn idle(cell: &CellResult) -> String {
             ],
         });
     }
-    table.render()
+    table.render() + &reasons(cell)
 }
 
 fn costs(run: &Run) -> String {
@@ -451,7 +477,7 @@ fn notes(run: &Run) -> String {
     for cell in &run.cells {
         for contender in &cell.contenders {
             if let Some(reason) = why_not(contender) {
-                let note = format!("{} {reason}", contender.name);
+                let note = format!("{}: {reason}", contender.name);
                 match reasons.iter_mut().find(|(known, _)| *known == note) {
                     Some((_, cells)) => cells.push(&cell.cell.name),
                     None => reasons.push((note, vec![&cell.cell.name])),

@@ -131,8 +131,7 @@ impl Runner {
     /// A run at a fixed rate.
     pub fn paced(&self, cell: &Cell, contender: &Contender, rate: f64) -> Result<Paced, Failure> {
         let messages = (rate * PACED_SECONDS).ceil() as u64;
-        let mut options = load_options(cell, messages.max(1));
-        options[0] = "paced".into();
+        let mut options = options_of("paced", cell, messages.max(1));
         options.extend(["--rate".into(), rate.to_string().into()]);
         let window = self.window(cell, contender, options, |_| Ok(()), |(), _| Ok(()))?;
         Ok(Paced {
@@ -287,15 +286,20 @@ impl Drop for Runner {
     }
 }
 
-/// The kind of the load and its options, but for where the server is.
+/// The load of a cell and its options, but for where the server is.
 fn load_options(cell: &Cell, messages: u64) -> Vec<OsString> {
-    let kind = match (cell.kind, cell.family) {
+    let load = match (cell.kind, cell.family) {
         (Kind::Echo, Family::Udp) => "udp",
         (Kind::Echo, _) => "echo",
         (Kind::Churn, _) => "churn",
         (Kind::Idle, _) => "idle",
         (Kind::Fanout, _) => "fanout",
     };
+    options_of(load, cell, messages)
+}
+
+/// A load's name and its options.
+fn options_of(kind: &str, cell: &Cell, messages: u64) -> Vec<OsString> {
     let mut options: Vec<OsString> = vec![kind.into(), "--json".into(), "--wait".into()];
     let mut put = |name: &str, value: u64| {
         options.push(name.into());
