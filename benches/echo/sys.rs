@@ -129,3 +129,14 @@ pub fn set_option(fd: RawFd, level: i32, name: i32, value: i32) -> io::Result<()
     // SAFETY: the option value is a live c_int of the length given.
     check(unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), length) }).map(drop)
 }
+
+/// Gives a datagram socket room for what a load has in flight: with privilege as much as is asked for, else what is allowed.
+pub fn widen_buffers(fd: RawFd) {
+    let forced = [libc::SO_RCVBUFFORCE, libc::SO_SNDBUFFORCE];
+    for (force, allowed) in forced.into_iter().zip([libc::SO_RCVBUF, libc::SO_SNDBUF]) {
+        let bytes = 4 << 20;
+        // What is not granted shows as loss.
+        let _ = set_option(fd, libc::SOL_SOCKET, force, bytes)
+            .or_else(|_| set_option(fd, libc::SOL_SOCKET, allowed, bytes));
+    }
+}

@@ -1,14 +1,15 @@
 //! The closed loop: every connection keeps its depth in flight until all messages are echoed.
 
+use std::collections::VecDeque;
 use std::io;
-use std::os::fd::RawFd;
 use std::time::Instant;
 
 use clap::Args;
 use hdrhistogram::Histogram;
 
-use super::{Pattern, Report, STALL, Target, Window, WindowArgs, latencies};
-use crate::sys::{EVENTS, epoll_open, epoll_set, epoll_wait, other, recv, send};
+use super::stream::{Common, Stream};
+use super::{Report, Stall, Target, Window, WindowArgs, latencies};
+use crate::sys::{EVENTS, epoll_wait};
 
 /// Options of this load.
 #[derive(Args)]
@@ -34,31 +35,15 @@ pub struct EchoArgs {
     warmup: Option<u64>,
 }
 
-/// The most that is sent or received with one call.
-const CHUNK: usize = 256 * 1024;
-
 struct Connection {
-    fd: RawFd,
-    /// Where in the pattern the next byte to send and to receive are.
-    send_at: usize,
-    receive_at: usize,
-    /// Bytes allowed out and not sent yet.
-    unsent: usize,
-    /// Messages issued and not echoed yet, and bytes received of the first.
-    flying: u32,
-    partial: usize,
-    /// When the messages in flight were issued: a circle of `depth` times.
-    times: Box<[u64]>,
-    oldest: u32,
-    waiting: bool,
+    stream: Stream,
+    /// When the messages in flight were issued.
+    times: VecDeque<u64>,
 }
 
 struct Load {
-    poll: RawFd,
+    common: Common,
     connections: Vec<Connection>,
-    pattern: Pattern,
-    buffer: Box<[u8]>,
-    size: usize,
     depth: u32,
     /// Messages still to be issued, and still to be echoed.
     unissued: u64,
@@ -70,38 +55,17 @@ struct Load {
 /// Runs the load.
 pub fn load(args: &EchoArgs) -> io::Result<()> {
     let warmup = args.warmup.unwrap_or(args.messages / 10);
-    let size = args.size as usize;
-    let chunk = (size * args.depth as usize).clamp(4096, CHUNK);
-    let pattern = Pattern::new(size, chunk);
-    let poll = epoll_open()?;
+    let common = Common::new(args.size, args.depth)?;
     let mut connections = Vec::with_capacity(args.connections as usize);
     for index in 0..args.connections as usize {
-        let fd = args.target.open()?;
-        epoll_set(
-            poll,
-            libc::EPOLL_CTL_ADD,
-            fd,
-            libc::EPOLLIN as u32,
-            index as u64,
-        )?;
         connections.push(Connection {
-            fd,
-            send_at: pattern.start(index),
-            receive_at: pattern.start(index),
-            unsent: 0,
-            flying: 0,
-            partial: 0,
-            times: vec![0; args.depth as usize].into_boxed_slice(),
-            oldest: 0,
-            waiting: false,
+            stream: Stream::open(&common, &args.target, index, index)?,
+            times: VecDeque::with_capacity(args.depth as usize),
         });
     }
     let mut load = Load {
-        poll,
+        common,
         connections,
-        pattern,
-        buffer: vec![0; chunk].into_boxed_slice(),
-        size,
         depth: args.depth,
         unissued: 0,
         unechoed: 0,
@@ -139,28 +103,19 @@ impl Load {
             let now = self.now();
             self.issue(index, self.depth, now)?;
         }
-        let mut progress = self.now();
+        let mut stall = Stall::new();
         while self.unechoed > 0 {
-            let count = epoll_wait(self.poll, &mut events, 1000)?;
-            if count == 0 {
-                if self.now() - progress > STALL.as_nanos() as u64 {
-                    let echoed = messages - self.unechoed;
-                    return Err(other(format!(
-                        "stalled: {echoed} of {messages} messages echoed"
-                    )));
-                }
-                continue;
-            }
+            let count = epoll_wait(self.common.poll, &mut events, 1000)?;
+            stall.check(count, messages, self.unechoed)?;
             for event in &events[..count] {
                 let index = event.u64 as usize;
                 if event.events & libc::EPOLLOUT as u32 != 0 {
-                    self.flush(index)?;
+                    self.connections[index].stream.flush(&self.common)?;
                 }
                 if event.events & !(libc::EPOLLOUT as u32) != 0 {
                     self.receive(index)?;
                 }
             }
-            progress = self.now();
         }
         Ok(())
     }
@@ -174,97 +129,24 @@ impl Load {
         }
         self.unissued -= u64::from(count);
         let connection = &mut self.connections[index];
-        let mut slot = connection.oldest + connection.flying;
         for _ in 0..count {
-            if slot >= self.depth {
-                slot -= self.depth;
-            }
-            connection.times[slot as usize] = now;
-            slot += 1;
+            connection.times.push_back(now);
         }
-        connection.flying += count;
-        connection.unsent += self.size * count as usize;
-        if connection.waiting {
-            return Ok(());
-        }
-        self.flush(index)
-    }
-
-    #[inline(always)]
-    fn flush(&mut self, index: usize) -> io::Result<()> {
-        let connection = &mut self.connections[index];
-        while connection.unsent > 0 {
-            let length = connection.unsent.min(self.buffer.len());
-            let sent = send(connection.fd, self.pattern.at(connection.send_at, length));
-            if sent < 0 {
-                match -sent as i32 {
-                    libc::EAGAIN => return self.wait_for_room(index, true),
-                    libc::EINTR => continue,
-                    error => return Err(io::Error::from_raw_os_error(error)),
-                }
-            }
-            connection.unsent -= sent as usize;
-            connection.send_at = self.pattern.after(connection.send_at, sent as usize);
-        }
-        if connection.waiting {
-            return self.wait_for_room(index, false);
-        }
-        Ok(())
-    }
-
-    #[cold]
-    fn wait_for_room(&mut self, index: usize, on: bool) -> io::Result<()> {
-        let connection = &mut self.connections[index];
-        if connection.waiting == on {
-            return Ok(());
-        }
-        connection.waiting = on;
-        let out = if on { libc::EPOLLOUT } else { 0 };
-        epoll_set(
-            self.poll,
-            libc::EPOLL_CTL_MOD,
-            connection.fd,
-            (libc::EPOLLIN | out) as u32,
-            index as u64,
-        )
+        connection.stream.issue(&self.common, count)
     }
 
     #[inline(always)]
     fn receive(&mut self, index: usize) -> io::Result<()> {
         let connection = &mut self.connections[index];
-        let received = recv(connection.fd, &mut self.buffer);
-        if received <= 0 {
-            return match -received as i32 {
-                libc::EAGAIN | libc::EINTR => Ok(()),
-                0 => Err(other(format!("connection {index} was closed"))),
-                error => Err(io::Error::from_raw_os_error(error)),
-            };
-        }
-        let received = received as usize;
-        if self.buffer[..received] != *self.pattern.at(connection.receive_at, received) {
-            return Err(other(format!("connection {index} echoed wrong bytes")));
-        }
-        connection.receive_at = self.pattern.after(connection.receive_at, received);
-        connection.partial += received;
-        if connection.partial < self.size {
+        let count = connection.stream.receive(&mut self.common)?;
+        if count == 0 {
             return Ok(());
         }
-        let count = (connection.partial / self.size) as u32;
-        connection.partial %= self.size;
-        if count > connection.flying {
-            return Err(other(format!("connection {index} echoed too much")));
-        }
         let now = self.start.elapsed().as_nanos() as u64;
-        for _ in 0..count {
-            self.latencies
-                .saturating_record(now - connection.times[connection.oldest as usize]);
-            connection.oldest += 1;
-            if connection.oldest == self.depth {
-                connection.oldest = 0;
-            }
+        for issued in connection.times.drain(..count as usize) {
+            self.latencies.saturating_record(now - issued);
         }
         self.unechoed -= u64::from(count);
-        connection.flying -= count;
         self.issue(index, count, now)
     }
 }

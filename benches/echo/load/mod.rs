@@ -4,7 +4,13 @@
 //! input if told to `--wait`, so that whoever runs it can read the server's counters exactly around the measured messages.
 #![allow(unsafe_code)]
 
+mod churn;
 mod echo;
+mod fanout;
+mod idle;
+mod paced;
+mod stream;
+mod udp;
 
 use std::io::{self, Write};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -34,12 +40,27 @@ pub struct LoadArgs {
 enum Kind {
     /// Keep a number of messages in flight on every connection.
     Echo(echo::EchoArgs),
+    /// Send messages at a fixed rate.
+    Paced(paced::PacedArgs),
+    /// Keep a number of datagrams in flight on every flow.
+    Udp(udp::UdpArgs),
+    /// Connect, have one message echoed, close, over and over.
+    Churn(churn::ChurnArgs),
+    /// Open connections and hold them.
+    Idle(idle::IdleArgs),
+    /// Publish messages to many connections.
+    Fanout(fanout::FanoutArgs),
 }
 
 /// Runs a load to its end.
 pub fn load(args: LoadArgs) -> ExitCode {
     let outcome = match args.kind {
         Kind::Echo(args) => echo::load(&args),
+        Kind::Paced(args) => paced::load(&args),
+        Kind::Udp(args) => udp::load(&args),
+        Kind::Churn(args) => churn::load(&args),
+        Kind::Idle(args) => idle::load(&args),
+        Kind::Fanout(args) => fanout::load(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -135,6 +156,35 @@ fn announce(line: &str, wait: bool) -> io::Result<()> {
         return Err(other("standard input ended before the load did"));
     }
     Ok(())
+}
+
+/// Notices when nothing comes back any more.
+struct Stall {
+    start: Instant,
+    progress: Duration,
+}
+
+impl Stall {
+    fn new() -> Self {
+        Self {
+            start: Instant::now(),
+            progress: Duration::ZERO,
+        }
+    }
+
+    /// Fails if there have been no events for too long; `missing` of `messages` have not come back.
+    #[inline(always)]
+    fn check(&mut self, events: usize, messages: u64, missing: u64) -> io::Result<()> {
+        if events > 0 {
+            self.progress = self.start.elapsed();
+        } else if self.start.elapsed() - self.progress > STALL {
+            let echoed = messages - missing;
+            return Err(other(format!(
+                "stalled: {echoed} of {messages} messages came back"
+            )));
+        }
+        Ok(())
+    }
 }
 
 /// What a load found out.

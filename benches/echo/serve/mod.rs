@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use crate::sys::{check, set_option};
+use crate::sys::{check, set_option, widen_buffers};
 
 /// One server of one kind.
 #[derive(Args)]
@@ -141,6 +141,7 @@ impl Listening {
             let socket = UdpSocket::bind(address)?;
             let address = socket.local_addr()?.to_string();
             let fd = socket.into_raw_fd();
+            widen_buffers(fd);
             return Ok(Self { fd, address });
         }
         // The standard library sets SO_REUSEADDR on TCP listeners and chooses a backlog of its own; a second listen()

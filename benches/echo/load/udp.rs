@@ -1,0 +1,337 @@
+//! Datagrams: every flow keeps a window in flight; what does not come back in time is lost, is counted and makes room.
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem::zeroed;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::{IntoRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use hdrhistogram::Histogram;
+
+use super::{Pattern, Report, Window, WindowArgs, latencies};
+use crate::sys::{EVENTS, epoll_open, epoll_set, epoll_wait, errno, other, widen_buffers};
+
+/// Options of this load.
+#[derive(Args)]
+pub struct UdpArgs {
+    /// UDP address to send to.
+    #[arg(long, value_name = "HOST:PORT")]
+    connect: SocketAddr,
+    #[command(flatten)]
+    window: WindowArgs,
+    /// Sockets to send from.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    flows: u32,
+    /// Datagrams in flight on each flow.
+    #[arg(long = "window", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    in_flight: u32,
+    /// Bytes in a datagram, of which eight are its number.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(16..=16_384))]
+    size: u32,
+    /// Datagrams to measure, over all flows, the lost ones among them.
+    #[arg(long, default_value_t = 400_000, value_parser = clap::value_parser!(u64).range(1..))]
+    messages: u64,
+    /// Datagrams before the measurement [default: a tenth of --messages].
+    #[arg(long)]
+    warmup: Option<u64>,
+    /// After how long a datagram is lost.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    loss_after: u64,
+}
+
+/// Datagrams sent or received with one call at most.
+const BATCH: usize = 64;
+/// The number in front of the pattern.
+const NUMBER_BYTES: usize = 8;
+
+struct Flow {
+    fd: RawFd,
+    /// The number of the oldest datagram in `sent`, and of the next one.
+    oldest: u64,
+    next: u64,
+    /// When each was sent, zero once it is echoed or lost.
+    sent: VecDeque<u64>,
+    flying: u32,
+}
+
+/// Datagrams for one call; the pointers are into memory that stays where it is.
+struct Batch {
+    headers: Vec<libc::mmsghdr>,
+    _vectors: Vec<libc::iovec>,
+    buffers: Vec<Box<[u8]>>,
+}
+
+impl Batch {
+    fn new(size: usize) -> Self {
+        let mut buffers: Vec<Box<[u8]>> = (0..BATCH).map(|_| vec![0; size].into()).collect();
+        let mut vectors: Vec<libc::iovec> = buffers
+            .iter_mut()
+            .map(|buffer| libc::iovec {
+                iov_base: buffer.as_mut_ptr().cast(),
+                iov_len: buffer.len(),
+            })
+            .collect();
+        let headers = vectors
+            .iter_mut()
+            .map(|vector| {
+                // SAFETY: all-zero is a valid value.
+                let mut header: libc::mmsghdr = unsafe { zeroed() };
+                header.msg_hdr.msg_iov = vector;
+                header.msg_hdr.msg_iovlen = 1;
+                header
+            })
+            .collect();
+        Self {
+            headers,
+            _vectors: vectors,
+            buffers,
+        }
+    }
+
+    fn receive(&mut self, fd: RawFd) -> io::Result<usize> {
+        let headers = self.headers.as_mut_ptr();
+        // SAFETY: the headers are valid, and point to buffers of the lengths they say.
+        let count = unsafe {
+            libc::recvmmsg(
+                fd,
+                headers,
+                BATCH as u32,
+                libc::MSG_DONTWAIT,
+                std::ptr::null_mut(),
+            )
+        };
+        counted(count)
+    }
+
+    fn send(&mut self, fd: RawFd, from: usize, to: usize) -> io::Result<usize> {
+        let headers = self.headers[from..to].as_mut_ptr();
+        // SAFETY: as above.
+        let count = unsafe { libc::sendmmsg(fd, headers, (to - from) as u32, libc::MSG_DONTWAIT) };
+        counted(count)
+    }
+}
+
+/// How many datagrams a call took; that there were none, or no room for any, is no failure.
+fn counted(count: i32) -> io::Result<usize> {
+    if count >= 0 {
+        return Ok(count as usize);
+    }
+    match errno() as i32 {
+        libc::EAGAIN | libc::EINTR | libc::ENOBUFS => Ok(0),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+struct Load {
+    poll: RawFd,
+    flows: Vec<Flow>,
+    outgoing: Batch,
+    incoming: Batch,
+    pattern: Pattern,
+    size: usize,
+    in_flight: u32,
+    loss_after: u64,
+    unissued: u64,
+    unsettled: u64,
+    lost: u64,
+    start: Instant,
+    latencies: Histogram<u64>,
+}
+
+/// Runs the load.
+pub fn load(args: &UdpArgs) -> io::Result<()> {
+    let warmup = args.warmup.unwrap_or(args.messages / 10);
+    let size = args.size as usize;
+    let poll = epoll_open()?;
+    let mut flows = Vec::with_capacity(args.flows as usize);
+    for index in 0..u64::from(args.flows) {
+        let own = SocketAddr::new(
+            if args.connect.is_ipv4() {
+                [0; 4].into()
+            } else {
+                [0u16; 8].into()
+            },
+            0,
+        );
+        let socket = UdpSocket::bind(own)?;
+        socket.connect(args.connect)?;
+        let fd = socket.into_raw_fd();
+        widen_buffers(fd);
+        epoll_set(poll, libc::EPOLL_CTL_ADD, fd, libc::EPOLLIN as u32, index)?;
+        flows.push(Flow {
+            fd,
+            oldest: 0,
+            next: 0,
+            sent: VecDeque::new(),
+            flying: 0,
+        });
+    }
+    let mut load = Load {
+        poll,
+        flows,
+        outgoing: Batch::new(size),
+        // One byte more shows a datagram that has grown.
+        incoming: Batch::new(size + 1),
+        pattern: Pattern::new(size, size),
+        size,
+        in_flight: args.in_flight,
+        loss_after: Duration::from_millis(args.loss_after).as_nanos() as u64,
+        unissued: 0,
+        unsettled: 0,
+        lost: 0,
+        start: Instant::now(),
+        latencies: latencies(),
+    };
+    load.run(warmup)?;
+    load.latencies.reset();
+    let window = Window::begin(&args.window)?;
+    load.run(args.messages)?;
+    let measured = window.end(&args.window)?;
+    if load.lost == args.messages {
+        return Err(other("every datagram was lost"));
+    }
+    Report {
+        kind: "udp",
+        messages: args.messages - load.lost,
+        warmup,
+        measured,
+        latencies: load.latencies,
+        more: vec![("lost", load.lost.into())],
+    }
+    .print(&args.window)
+}
+
+impl Load {
+    fn now(&self) -> u64 {
+        // Never zero, which stands for a datagram that is settled.
+        self.start.elapsed().as_nanos() as u64 + 1
+    }
+
+    /// Sends so many datagrams and waits until each is echoed or lost.
+    fn run(&mut self, messages: u64) -> io::Result<()> {
+        self.unissued = messages;
+        self.unsettled = messages;
+        self.lost = 0;
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
+        for index in 0..self.flows.len() {
+            self.fill(index)?;
+        }
+        // Losses are looked for at a tenth of the time after which a datagram is one.
+        let every = self.loss_after / 10;
+        let wait = (every / 1_000_000).max(1) as i32;
+        let mut looked = self.now();
+        while self.unsettled > 0 {
+            let count = epoll_wait(self.poll, &mut events, wait)?;
+            for event in &events[..count] {
+                self.receive(event.u64 as usize)?;
+            }
+            let now = self.now();
+            if now - looked > every {
+                looked = now;
+                for index in 0..self.flows.len() {
+                    self.give_up(index, now);
+                    self.fill(index)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends until the window is full.
+    #[inline(always)]
+    fn fill(&mut self, index: usize) -> io::Result<()> {
+        loop {
+            let flow = &mut self.flows[index];
+            let room = u64::from(self.in_flight - flow.flying);
+            let count = room.min(self.unissued).min(BATCH as u64) as usize;
+            if count == 0 {
+                return Ok(());
+            }
+            for (number, buffer) in (flow.next..).zip(&mut self.outgoing.buffers[..count]) {
+                buffer[..NUMBER_BYTES].copy_from_slice(&number.to_le_bytes());
+                let rest = expected(&self.pattern, index, number, self.size);
+                buffer[NUMBER_BYTES..].copy_from_slice(rest);
+            }
+            let now = self.start.elapsed().as_nanos() as u64 + 1;
+            let sent = self.outgoing.send(flow.fd, 0, count)?;
+            flow.next += sent as u64;
+            flow.flying += sent as u32;
+            flow.sent.extend(std::iter::repeat_n(now, sent));
+            self.unissued -= sent as u64;
+            if sent < count {
+                // No room now: more is sent when something comes back or is given up.
+                return Ok(());
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn receive(&mut self, index: usize) -> io::Result<()> {
+        let flow = &mut self.flows[index];
+        let count = self.incoming.receive(flow.fd)?;
+        let now = self.start.elapsed().as_nanos() as u64 + 1;
+        for (header, buffer) in self
+            .incoming
+            .headers
+            .iter()
+            .zip(&self.incoming.buffers)
+            .take(count)
+        {
+            let bytes = &buffer[..header.msg_len as usize];
+            if bytes.len() != self.size {
+                return Err(other(format!(
+                    "flow {index} echoed {} bytes of {}",
+                    bytes.len(),
+                    self.size
+                )));
+            }
+            let (number, rest) = bytes.split_at(NUMBER_BYTES);
+            let number = u64::from_le_bytes(number.try_into().expect("eight bytes"));
+            if number >= flow.next || rest != expected(&self.pattern, index, number, self.size) {
+                return Err(other(format!("flow {index} echoed wrong bytes")));
+            }
+            // One that was given up may still come; it has been counted already.
+            let Some(place) = number.checked_sub(flow.oldest) else {
+                continue;
+            };
+            let sent = std::mem::take(&mut flow.sent[place as usize]);
+            if sent > 0 {
+                self.latencies.saturating_record(now - sent);
+                flow.flying -= 1;
+                self.unsettled -= 1;
+            }
+        }
+        while flow.sent.front() == Some(&0) {
+            flow.sent.pop_front();
+            flow.oldest += 1;
+        }
+        self.fill(index)
+    }
+
+    /// Counts what was sent too long ago as lost.
+    fn give_up(&mut self, index: usize, now: u64) {
+        let flow = &mut self.flows[index];
+        for sent in &mut flow.sent {
+            if *sent > 0 && now - *sent > self.loss_after {
+                *sent = 0;
+                flow.flying -= 1;
+                self.unsettled -= 1;
+                self.lost += 1;
+            }
+        }
+        while flow.sent.front() == Some(&0) {
+            flow.sent.pop_front();
+            flow.oldest += 1;
+        }
+    }
+}
+
+/// What follows the number in a datagram: a piece of the pattern that is the flow's and the datagram's own.
+#[inline(always)]
+fn expected(pattern: &Pattern, index: usize, number: u64, size: usize) -> &[u8] {
+    let place = pattern.after(pattern.start(index), (number % 1_000_000) as usize * 61);
+    pattern.at(place, size - NUMBER_BYTES)
+}
