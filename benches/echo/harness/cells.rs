@@ -238,8 +238,8 @@ pub fn default_set() -> Vec<Cell> {
 fn special_set() -> Vec<Cell> {
     use Family::{Tcp, Unix};
     vec![
-        Cell::special(Kind::Churn, Tcp, 32, 14_000),
-        Cell::special(Kind::Churn, Unix, 32, 25_000),
+        Cell::special(Kind::Churn, Tcp, 32, 6_000),
+        Cell::special(Kind::Churn, Unix, 32, 12_000),
         Cell::special(Kind::Fanout, Tcp, 1_000, 200),
         Cell::special(Kind::Idle, Tcp, 10_000, 10_000),
         Cell::echo(Tcp, 64, 64, 1).in_lineup(Lineup::Timeouts, "timeout"),
@@ -259,7 +259,7 @@ pub fn quick_set() -> Vec<Cell> {
         Cell::echo(Unix, 64, 64, 16),
         Cell::echo(Unix, 64, 16 << 10, 1),
         Cell::echo(Udp, 64, 64, 1),
-        Cell::special(Kind::Churn, Tcp, 32, 14_000),
+        Cell::special(Kind::Churn, Tcp, 32, 6_000),
     ];
     for cell in &mut cells {
         cell.messages /= 3;

@@ -377,7 +377,16 @@ fn step(
 ) {
     if result.cannot.is_none() && result.broken.is_none() {
         progress.set_message(format!("{}: {}", cell.name, contender.name));
-        match turn(result) {
+        let start = Instant::now();
+        let outcome = turn(result);
+        if progress.is_hidden() {
+            // Where no bar can be drawn, a log is told.
+            let seconds = start.elapsed().as_secs_f64();
+            let how = outcome.as_ref().err();
+            let how = how.map_or_else(String::new, |how| format!(": {how:?}"));
+            eprintln!("{seconds:6.2} s  {}: {}{how}", cell.name, contender.name);
+        }
+        match outcome {
             Ok(()) => {}
             Err(Failure::Cannot(reason)) => result.cannot = Some(reason),
             Err(Failure::Broken(how)) => result.broken = Some(how),

@@ -14,8 +14,8 @@ use super::counters::{self, CallCounters, Hard, HardCounters, Measure};
 use super::json::{IdleMemory, Paced, Round};
 use super::process::{self, Failure, Process};
 
-/// The longest a load may say nothing: no run takes a tenth of it.
-const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// The longest a load may say nothing; it gives up by itself before, on a server that does nothing.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// A run is repeated if the hypervisor took more than this share of either processor…
 const STOLEN_MAX: f64 = 0.02;
 /// …but not more often than this.
