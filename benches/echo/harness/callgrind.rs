@@ -21,15 +21,17 @@ const MESSAGES: [u64; 2] = [4_000, 16_000];
 /// How long callgrind may take to write its totals.
 const DUMP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Whether the instructions of this contender are counted in this cell: one thread of this program, and no datagrams, some of
-/// which a slow server loses.
+/// Whether the instructions of this contender are counted in this cell: one thread, and no peer, of whose runtimes valgrind does not
+/// know every system call; and no datagrams, some of which a slow server loses.
 pub fn can(cell: &Cell, contender: &Contender) -> bool {
-    let ours = [contenders::OURS, "raw-single", "raw-multi"].contains(&contender.name.as_str());
-    let epoll = contenders::EPOLLS.contains(&contender.name.as_str());
+    let name = contender.name.as_str();
+    let threads = name == "threads" || name == contenders::CORRUPT;
     cell.kind == Kind::Echo
         && cell.lineup == Lineup::Main
         && cell.family != Family::Udp
-        && (ours || epoll)
+        && !threads
+        && name != contenders::AGAIN
+        && !contenders::PEERS.contains(&name)
 }
 
 /// User instructions per message. `keep` is a directory for callgrind's files.

@@ -239,8 +239,8 @@ fn special_set() -> Vec<Cell> {
     use Family::{Tcp, Unix};
     vec![
         Cell::special(Kind::Churn, Tcp, 32, 6_000),
-        Cell::special(Kind::Churn, Unix, 32, 12_000),
-        Cell::special(Kind::Fanout, Tcp, 1_000, 200),
+        Cell::special(Kind::Churn, Unix, 32, 40_000),
+        Cell::special(Kind::Fanout, Tcp, 1_000, 100),
         Cell::special(Kind::Idle, Tcp, 10_000, 10_000),
         Cell::echo(Tcp, 64, 64, 1).in_lineup(Lineup::Timeouts, "timeout"),
         Cell::echo(Unix, 64, 64, 1).in_lineup(Lineup::Timeouts, "timeout"),

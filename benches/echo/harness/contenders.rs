@@ -46,6 +46,20 @@ impl Contender {
         })
     }
 
+    /// A contender from `NAME=COMMAND`, whose words are split at spaces.
+    pub fn also(text: &str) -> Result<Self, String> {
+        let (name, command) = text.split_once('=').ok_or("not NAME=COMMAND")?;
+        let command: Vec<OsString> = command.split_whitespace().map(OsString::from).collect();
+        if name.is_empty() || command.is_empty() {
+            return Err("not NAME=COMMAND".to_owned());
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            lineup: Lineup::Main,
+            command,
+        })
+    }
+
     pub fn takes_part(&self, cell: &Cell) -> bool {
         let idle = cell.kind == Kind::Idle;
         // Memory differs by no chance that a second row would show, and edges are no matter to idle connections.

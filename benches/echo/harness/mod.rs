@@ -51,6 +51,9 @@ pub struct HarnessArgs {
     /// Only contenders of these names.
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     contenders: Vec<String>,
+    /// One more contender: a command that takes the options of `serve`.
+    #[arg(long, value_name = "NAME=COMMAND", value_parser = Contender::also)]
+    also: Vec<Contender>,
     /// Rounds of timed runs [default: 5, with --quick 2].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
@@ -202,6 +205,7 @@ fn chosen_contenders(args: &HarnessArgs, root: &Path) -> io::Result<(Vec<Contend
         None => Some(built.as_path()).filter(|built| built.exists() && !args.quick),
     };
     let (mut contenders, missing) = contenders::all(root, peers)?;
+    contenders.extend(args.also.iter().cloned());
     for name in &args.contenders {
         if !contenders.iter().any(|contender| contender.name == *name) {
             return Err(io::Error::other(format!(
@@ -211,7 +215,7 @@ fn chosen_contenders(args: &HarnessArgs, root: &Path) -> io::Result<(Vec<Contend
     }
     contenders.retain(|contender| match args.contenders.as_slice() {
         [] => contender.name != contenders::CORRUPT,
-        names => names.contains(&contender.name),
+        names => names.contains(&contender.name) || args.also.iter().any(|also| also.name == contender.name),
     });
     Ok((contenders, missing))
 }

@@ -173,7 +173,7 @@ fn heat_map(run: &Run, path: &Path) -> io::Result<Option<String>> {
     let area = canvas(path, width, height)?;
     Words::new(&title, 19.0).bold(true).draw(&area, 16, 24)?;
     let unit = format!(
-        "{}; connections × bytes of a message × messages in flight on each",
+        "{}; epoll's is the better of level- and edge-triggered; connections × bytes × messages in flight on each",
         match run.measure {
             super::counters::Measure::Cycles => "Hardware cycles of the server process",
             super::counters::Measure::CpuTime => "Processor time of the server process",
