@@ -161,29 +161,38 @@ fn announce(line: &str, wait: bool) -> io::Result<()> {
 /// Notices when nothing comes back any more.
 struct Stall {
     start: Instant,
-    progress: Duration,
+    looked: Duration,
+    quiet: Duration,
 }
 
 impl Stall {
     fn new() -> Self {
         Self {
             start: Instant::now(),
-            progress: Duration::ZERO,
+            looked: Duration::ZERO,
+            quiet: Duration::ZERO,
         }
     }
 
     /// Fails if there have been no events for too long; `missing` of `messages` have not come back.
     #[inline(always)]
     fn check(&mut self, events: usize, messages: u64, missing: u64) -> io::Result<()> {
+        let now = self.start.elapsed();
+        let since = now - self.looked;
+        self.looked = now;
         if events > 0 {
-            self.progress = self.start.elapsed();
-        } else if self.start.elapsed() - self.progress > STALL {
-            let echoed = messages - missing;
-            return Err(other(format!(
-                "stalled: {echoed} of {messages} messages came back"
-            )));
+            self.quiet = Duration::ZERO;
+            return Ok(());
         }
-        Ok(())
+        // No look takes longer than a second: if it did, this process was stopped, and the server perhaps with it.
+        self.quiet += since.min(Duration::from_secs(1));
+        if self.quiet < STALL {
+            return Ok(());
+        }
+        let echoed = messages - missing;
+        Err(other(format!(
+            "stalled: {echoed} of {messages} messages came back"
+        )))
     }
 }
 

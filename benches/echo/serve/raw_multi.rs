@@ -26,7 +26,7 @@ pub struct MultiArgs {
     /// Buffers in the provided buffer ring, a power of two.
     #[arg(long, default_value_t = 1024, value_parser = buffer_count)]
     pub(super) buffers: u16,
-    /// When to try send(2) before a SEND through the ring.
+    /// When to try send(2) before a SEND through the ring, which long ones do unless it is never.
     #[arg(long, value_enum, default_value_t = When::Lone)]
     plain_send: When,
     /// Use descriptors of the ring's own.
@@ -82,8 +82,8 @@ struct Multi {
     tick: u32,
     timer: Option<&'static types::Timespec>,
     plain_send: When,
-    /// The next SEND may be tried as a plain call.
-    plain: bool,
+    /// From which length on a SEND is tried as a plain call first.
+    plain_from: i32,
     direct: bool,
     fd_flags: Flags,
 }
@@ -130,7 +130,7 @@ pub fn serve(args: &MultiArgs) -> io::Result<()> {
         } else {
             args.plain_send
         },
-        plain: false,
+        plain_from: i32::MAX,
         direct: args.direct,
         fd_flags: if args.direct {
             Flags::FIXED_FILE
@@ -151,7 +151,7 @@ impl Multi {
         loop {
             self.ring.enter(want)?;
             want = 1;
-            self.plain = self.plain_send.applies(self.ring.ready());
+            self.plain_from = self.plain_send.plain_from(self.ring.ready());
             while let Some(cqe) = self.ring.next() {
                 let (kind, index) = (cqe.user_data & KIND, (cqe.user_data >> 2) as u32);
                 if kind == RECV {
@@ -236,7 +236,7 @@ impl Multi {
         connection.seen = self.tick;
         self.buffers.taken();
         let mut already = 0;
-        if self.plain && connection.first == NO_BUFFER {
+        if result >= self.plain_from && connection.first == NO_BUFFER {
             // SAFETY: the kernel has filled so many bytes of this buffer, and has given it up.
             let bytes =
                 unsafe { std::slice::from_raw_parts(self.buffers.address(id), result as usize) };

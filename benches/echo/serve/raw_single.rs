@@ -19,7 +19,7 @@ use super::ring::{
 use super::{
     ListenArgs, Listening, TICKS, accept_again, accept_exhausted, cannot, positive_seconds,
 };
-use crate::sys::{close, recv_now, send_now};
+use crate::sys::{close, send_now};
 
 /// Options of this server.
 #[derive(Args)]
@@ -32,14 +32,11 @@ pub struct SingleArgs {
     #[arg(long)]
     linked: bool,
     /// When RECV waits for readiness at once, as it mostly has to in the end.
-    #[arg(long, value_enum, default_value_t = When::Never)]
+    #[arg(long, value_enum, default_value_t = When::Lone)]
     poll_first: When,
-    /// When to try send(2) before a SEND through the ring.
+    /// When to try send(2) before a SEND through the ring, which long ones do unless it is never.
     #[arg(long, value_enum, default_value_t = When::Lone)]
     plain_send: When,
-    /// Try recv(2) once the other connections have had their turn, and queue a RECV only if nothing is there.
-    #[arg(long)]
-    plain_recv: bool,
     /// A timeout on every receive and send, kept in a coarse list that the ring's wait is limited by, rather than in timers of
     /// the kernel's.
     #[arg(long, value_name = "SECONDS", value_parser = positive_seconds, conflicts_with = "timeout")]
@@ -74,21 +71,17 @@ struct Publishing {
 }
 
 /// What the options choose is fixed when compiled, to cost nothing per echo.
-struct Server<const LINKED: bool, const TIMING: u8> {
+struct Server<const LINKED: bool, const TIMING: u8, const FANOUT: bool> {
     ring: Ring,
     listening: Listening,
     connections: Vec<Connection>,
     free: Vec<u32>,
-    /// Connections to try a plain receive on.
-    turns: Vec<u32>,
-    buffer: Box<[u8]>,
     size: u32,
     poll_first: When,
     plain_send: When,
-    plain_recv: bool,
-    /// What the two apply to now.
+    /// What the two come to now: the flags of a RECV, and from which length on a SEND is tried as a plain call first.
     recv_ioprio: u16,
-    plain: bool,
+    plain_from: i32,
     accepting: bool,
     direct: bool,
     fd_flags: Flags,
@@ -107,26 +100,23 @@ pub fn serve(args: &SingleArgs) -> io::Result<()> {
             "receives that wait on one socket all wake for every datagram; raw-multi has one",
         ));
     }
-    let plain = args.plain_recv || args.plain_send == When::Always;
-    if args.direct && plain {
+    if args.direct && args.plain_send == When::Always {
         return Err(cannot("a descriptor of the ring's own has no plain calls"));
     }
-    if args.listen.fanout.is_some()
-        && (args.linked || args.plain_recv || args.listen.timeout.is_some())
-    {
-        return Err(cannot("a fan-out with --linked, --plain-recv or --timeout"));
-    }
-    match (
-        args.linked,
-        args.listen.timeout.is_some(),
-        args.wheel.is_some(),
-    ) {
-        (false, false, false) => Server::<false, UNTIMED>::serve(args),
-        (false, true, _) => Server::<false, TIMERS>::serve(args),
-        (false, false, true) => Server::<false, WHEEL>::serve(args),
-        (true, false, false) => Server::<true, UNTIMED>::serve(args),
-        (true, true, _) => Server::<true, TIMERS>::serve(args),
-        (true, false, true) => Server::<true, WHEEL>::serve(args),
+    let timing = match (args.listen.timeout, args.wheel) {
+        (Some(_), _) => TIMERS,
+        (None, Some(_)) => WHEEL,
+        (None, None) => UNTIMED,
+    };
+    match (args.linked, timing, args.listen.fanout.is_some()) {
+        (false, UNTIMED, true) => Server::<false, UNTIMED, true>::serve(args),
+        (_, _, true) => Err(cannot("a fan-out with --linked, --timeout or --wheel")),
+        (false, UNTIMED, false) => Server::<false, UNTIMED, false>::serve(args),
+        (false, TIMERS, false) => Server::<false, TIMERS, false>::serve(args),
+        (false, _, false) => Server::<false, WHEEL, false>::serve(args),
+        (true, UNTIMED, false) => Server::<true, UNTIMED, false>::serve(args),
+        (true, TIMERS, false) => Err(cannot("a linked SEND has no timer of its own")),
+        (true, _, false) => Server::<true, WHEEL, false>::serve(args),
     }
 }
 
@@ -143,7 +133,7 @@ fn coarse_now() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
+impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TIMING, FANOUT> {
     fn serve(args: &SingleArgs) -> io::Result<()> {
         let listening = Listening::open(&args.listen)?;
         let ring = Ring::open(&args.ring)?;
@@ -152,24 +142,21 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
         }
         let timeout = types::Timespec::from(args.listen.timeout.unwrap_or_default());
         let tick_ns = (args.wheel.unwrap_or_default() / TICKS).as_nanos() as u64;
-        let size = args.listen.buffer.max(args.listen.fanout.unwrap_or(0));
         let mut server = Self {
             ring,
             listening,
             connections: Vec::new(),
             free: Vec::new(),
-            turns: Vec::new(),
-            buffer: vec![0; size as usize].into_boxed_slice(),
-            size,
+            // Each receive of a fan-out waits for one whole message.
+            size: args.listen.fanout.unwrap_or(args.listen.buffer),
             poll_first: args.poll_first,
             plain_send: if args.direct {
                 When::Never
             } else {
                 args.plain_send
             },
-            plain_recv: args.plain_recv,
             recv_ioprio: 0,
-            plain: false,
+            plain_from: i32::MAX,
             accepting: false,
             direct: args.direct,
             fd_flags: if args.direct {
@@ -186,10 +173,6 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
             next_tick: coarse_now() + tick_ns,
             tick: 0,
         };
-        if let Some(size) = args.listen.fanout {
-            // Each receive waits for one whole message.
-            server.size = size;
-        }
         server.accept()?;
         server.listening.announce()?;
         server.run()
@@ -198,19 +181,17 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
     #[inline(never)]
     fn run(&mut self) -> io::Result<()> {
         loop {
-            let want = u32::from(self.turns.is_empty());
             if TIMING == WHEEL {
                 let now = coarse_now();
                 if now >= self.next_tick {
                     self.ticked(now)?;
                 }
-                self.ring
-                    .enter_for(want, self.next_tick.saturating_sub(now))?;
+                self.ring.enter_for(1, self.next_tick.saturating_sub(now))?;
             } else {
-                self.ring.enter(want)?;
+                self.ring.enter(1)?;
             }
             let ready = self.ring.ready();
-            self.plain = self.plain_send.applies(ready);
+            self.plain_from = self.plain_send.plain_from(ready);
             self.recv_ioprio = if self.poll_first.applies(ready) {
                 RECVSEND_POLL_FIRST
             } else {
@@ -225,9 +206,6 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
                 } else if kind == ACCEPT {
                     self.accepted(cqe.result, cqueue::more(cqe.flags))?;
                 }
-            }
-            if !self.turns.is_empty() {
-                self.take_turns()?;
             }
         }
     }
@@ -285,20 +263,14 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
         }
         let entry = opcode::Recv::new(types::Fd(fd), buffer, self.size)
             .ioprio(ioprio)
-            .flags(if self.fanout.is_some() {
-                libc::MSG_WAITALL
-            } else {
-                0
-            })
+            .flags(if FANOUT { libc::MSG_WAITALL } else { 0 })
             .build()
             .flags(self.fd_flags)
             .user_data(u64::from(index) << 2 | RECV);
         if TIMING != TIMERS {
             return self.ring.push(entry);
         }
-        if !LINKED {
-            self.room_for(2)?;
-        }
+        self.room_for(2)?;
         self.ring.push(entry.flags(Flags::IO_LINK))?;
         self.timer()
     }
@@ -333,73 +305,25 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
         if result <= 0 {
             return self.receive_failed(index, result);
         }
-        if self.fanout.is_some() {
+        if FANOUT {
             return self.publish(index, result);
         }
         let connection = &mut self.connections[index as usize];
         let (fd, buffer) = (connection.fd, connection.buffer);
         connection.length = result as u32;
         connection.sent = 0;
-        if self.plain {
+        if result >= self.plain_from {
             // SAFETY: the kernel has filled so many bytes of the buffer, and has given it up.
             let bytes = unsafe { std::slice::from_raw_parts(buffer, result as usize) };
             let sent = send_now(fd, bytes);
             if sent == result as isize {
-                return self.next_turn(index, fd, buffer);
+                return self.receive(index, fd, buffer, self.recv_ioprio);
             }
             if sent > 0 {
                 return self.sent_short(index, sent as i32);
             }
         }
         self.send(index, fd, buffer, buffer, result as u32, flags)
-    }
-
-    /// What follows a send: the next receive.
-    #[inline(always)]
-    fn next_turn(&mut self, index: u32, fd: RawFd, buffer: *mut u8) -> io::Result<()> {
-        if self.plain_recv {
-            self.turns.push(index);
-            return Ok(());
-        }
-        self.receive(index, fd, buffer, self.recv_ioprio)
-    }
-
-    /// Tries a plain receive on the connections that have sent, now that all others have had their turn.
-    fn take_turns(&mut self) -> io::Result<()> {
-        let count = self.turns.len();
-        for turn in 0..count {
-            let index = self.turns[turn];
-            let connection = &mut self.connections[index as usize];
-            let (fd, buffer) = (connection.fd, connection.buffer);
-            let received = recv_now(fd, &mut self.buffer);
-            if received <= 0 {
-                // Nothing yet, or the end, which the ring reports.
-                self.receive(index, fd, buffer, RECVSEND_POLL_FIRST)?;
-                continue;
-            }
-            let bytes = &self.buffer[..received as usize];
-            let sent = if self.plain_send == When::Never {
-                0
-            } else {
-                send_now(fd, bytes)
-            };
-            if sent == received {
-                if TIMING == WHEEL {
-                    connection.seen = self.tick;
-                }
-                self.turns.push(index);
-                continue;
-            }
-            // What failed fails again through the ring, or waits there.
-            // SAFETY: both buffers have the same size, and no operation is in flight on the connection's.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer, bytes.len()) };
-            connection.length = received as u32;
-            connection.sent = sent.max(0) as u32;
-            self.send_rest(index)?;
-        }
-        // Those that were lucky come again after the ring's completions.
-        self.turns.drain(..count);
-        Ok(())
     }
 
     #[cold]
@@ -455,15 +379,15 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
 
     #[inline(always)]
     fn sent(&mut self, index: u32, result: i32) -> io::Result<()> {
-        if self.fanout.is_some() {
-            return self.passed_on(index, result);
+        if FANOUT {
+            return self.passed_on();
         }
         let connection = &self.connections[index as usize];
         if LINKED || result as u32 != connection.length - connection.sent {
             return self.sent_short(index, result);
         }
         let (fd, buffer) = (connection.fd, connection.buffer);
-        self.next_turn(index, fd, buffer)
+        self.receive(index, fd, buffer, self.recv_ioprio)
     }
 
     #[cold]
@@ -519,7 +443,7 @@ impl<const LINKED: bool, const TIMING: u8> Server<LINKED, TIMING> {
 
     /// One of the SENDs of a message has completed; a subscriber that cannot be sent to is reported by its RECV.
     #[inline(always)]
-    fn passed_on(&mut self, _index: u32, _result: i32) -> io::Result<()> {
+    fn passed_on(&mut self) -> io::Result<()> {
         if let Some(publishing) = &mut self.fanout {
             publishing.unsent -= 1;
             if let (0, Some(publisher)) = (publishing.unsent, publishing.publisher) {

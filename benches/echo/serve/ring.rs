@@ -413,7 +413,21 @@ impl When {
             Self::Always => true,
         }
     }
+
+    /// From which length on a SEND is a plain call with so many completions at hand: a long one is, unless none is, since what
+    /// the call itself costs is little beside the copy, and the bytes are still in the processor's cache.
+    #[inline(always)]
+    pub fn plain_from(self, ready: u32) -> i32 {
+        match self {
+            Self::Never => i32::MAX,
+            _ if self.applies(ready) => 0,
+            _ => LONG_BYTES,
+        }
+    }
 }
+
+/// A send is long from here on.
+const LONG_BYTES: i32 = 32 * 1024;
 
 // What a completion is about: the low bits of its user data. The rest is the
 
