@@ -67,6 +67,7 @@ fn a_contender_whose_echo_is_wrong_fails_the_run_and_leaves_the_others_their_fig
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("corrupt failed in unix-1x16K"), "{stderr}");
+    assert!(stderr.contains("echoed wrong bytes"), "{stderr}");
     let text = std::fs::read_to_string(out.join("echo.json")).expect("written even so");
     let run: Value = serde_json::from_str(&text).expect("it parses");
     let contenders = &run["cells"][0]["contenders"];

@@ -17,6 +17,8 @@ pub const AGAIN: &str = "epoll again";
 pub const LIMITS: [&str; 4] = ["raw-single", "raw-multi", "raw-multi direct", "poll-ring"];
 /// Other people's runtimes; each is a program `peer-NAME` of the package `benches/peers`.
 pub const PEERS: [&str; 6] = ["tokio", "monoio", "compio", "glommio", "tokio-uring", "may"];
+/// Those of a quick run.
+pub const QUICK: [&str; 5] = [OURS, EPOLLS[0], AGAIN, "raw-single", "raw-multi"];
 /// Echoes wrong bytes now and then, and takes part only if named: the harness must find it out.
 pub const CORRUPT: &str = "corrupt";
 

@@ -214,8 +214,12 @@ fn chosen_contenders(args: &HarnessArgs, root: &Path) -> io::Result<(Vec<Contend
         }
     }
     contenders.retain(|contender| match args.contenders.as_slice() {
+        [] if args.quick => contenders::QUICK.contains(&contender.name.as_str()),
         [] => contender.name != contenders::CORRUPT,
-        names => names.contains(&contender.name) || args.also.iter().any(|also| also.name == contender.name),
+        names => {
+            names.contains(&contender.name)
+                || args.also.iter().any(|also| also.name == contender.name)
+        }
     });
     Ok((contenders, missing))
 }
