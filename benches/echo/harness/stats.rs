@@ -1,0 +1,150 @@
+//! The few statistics the verdicts rest on. Knows numbers, nothing of contenders or cells.
+
+/// The smallest value: what the machine can do when nothing else interferes.
+pub fn minimum(values: &[f64]) -> Option<f64> {
+    values.iter().copied().reduce(f64::min)
+}
+
+/// The middle value, or the mean of the two middle ones.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => None,
+        count if count % 2 == 1 => Some(sorted[middle]),
+        _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
+    }
+}
+
+/// One contender against another, by both statistics; under 1 the first needs less.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ratio {
+    /// The smaller of the first's values over the smallest of the second's.
+    pub minimum: f64,
+    /// The median over rounds of the ratio within a round: a round's runs are neighbours in time, so that a slow hour of the
+    /// machine touches both sides of each.
+    pub median: f64,
+}
+
+/// The ratio of `first` to `second`, each a value per round (of the same rounds, by index); `None` without a round of both.
+pub fn ratio(first: &[f64], second: &[f64]) -> Option<Ratio> {
+    let within: Vec<f64> = first.iter().zip(second).map(|(a, b)| a / b).collect();
+    Some(Ratio {
+        minimum: minimum(first)? / minimum(second)?,
+        median: median(&within)?,
+    })
+}
+
+/// How far a ratio may be off by chance, by both statistics.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Tolerance {
+    pub minimum: f64,
+    pub median: f64,
+}
+
+/// The distance from 1 at which a ratio r and its reciprocal are alike: r - 1 for a loss, 1/r - 1 for a win.
+pub fn deviation(ratio: f64) -> f64 {
+    ratio.max(1.0 / ratio) - 1.0
+}
+
+/// The tolerance of each cell, given each cell's ratio of a contender to itself.
+///
+/// A cell's is what its own two rows differ by, and at least the median over the cells: that two rows once come out alike is luck
+/// and no precision. Noise elsewhere does not excuse a quiet cell, which a maximum over all of them would.
+pub fn tolerances(against_itself: &[Option<Ratio>]) -> Vec<Tolerance> {
+    let of = |pick: fn(&Ratio) -> f64| {
+        let own: Vec<Option<f64>> = (against_itself.iter())
+            .map(|ratio| ratio.as_ref().map(|ratio| deviation(pick(ratio))))
+            .collect();
+        let known: Vec<f64> = own.iter().flatten().copied().collect();
+        let least = median(&known).unwrap_or(0.0);
+        own.into_iter()
+            .map(|own| own.unwrap_or(least).max(least))
+            .collect::<Vec<f64>>()
+    };
+    let minima = of(|ratio| ratio.minimum);
+    let medians = of(|ratio| ratio.median);
+    (minima.into_iter().zip(medians))
+        .map(|(minimum, median)| Tolerance { minimum, median })
+        .collect()
+}
+
+/// What came of a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// At or below the limit.
+    Reached,
+    /// Above the limit by no more than the tolerance.
+    Within,
+    /// Above the limit by more than chance explains.
+    Missed,
+}
+
+/// Judges `value` against `limit`, of which `tolerance` is a share.
+pub fn judge(value: f64, limit: f64, tolerance: f64) -> Verdict {
+    if value <= limit {
+        Verdict::Reached
+    } else if value <= limit + tolerance {
+        Verdict::Within
+    } else {
+        Verdict::Missed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    // A bench is built with cfg(test) but without its tests, which `tests/echo_bench.rs` runs.
+    #[allow(unused_imports)]
+    use super::*;
+
+    #[test]
+    fn median_is_the_middle_or_the_mean_of_the_middle_two() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0]), Some(3.0));
+        assert_eq!(median(&[9.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[9.0, 1.0, 2.0, 4.0]), Some(3.0));
+        assert_eq!(minimum(&[9.0, 1.0, 2.0]), Some(1.0));
+        assert_eq!(minimum(&[]), None);
+    }
+
+    #[test]
+    fn a_ratio_s_median_compares_neighbours_in_time() {
+        // The machine is twice as slow in the second round; the first contender always needs half as much.
+        let ratio = ratio(&[10.0, 21.0, 10.0], &[20.0, 42.0, 16.0]).unwrap();
+        assert_eq!(ratio.minimum, 10.0 / 16.0);
+        assert_eq!(ratio.median, 0.5);
+        assert_eq!(super::ratio(&[], &[1.0]), None);
+    }
+
+    #[test]
+    fn deviation_is_alike_for_a_loss_and_the_same_win() {
+        assert_eq!(deviation(1.0), 0.0);
+        assert_eq!(deviation(1.25), 0.25);
+        assert_eq!(deviation(0.8), 0.25);
+    }
+
+    #[test]
+    fn a_cell_s_tolerance_is_its_own_and_at_least_the_median() {
+        let with = |minimum, median| Some(Ratio { minimum, median });
+        let cells = [
+            with(1.0, 1.5),
+            with(1.25, 1.0),
+            with(0.5, 1.25),
+            None,
+            with(1.125, 1.125),
+        ];
+        let found = tolerances(&cells);
+        let minima: Vec<f64> = found.iter().map(|each| each.minimum).collect();
+        assert_eq!(minima, [0.1875, 0.25, 1.0, 0.1875, 0.1875]);
+        let medians: Vec<f64> = found.iter().map(|each| each.median).collect();
+        assert_eq!(medians, [0.5, 0.1875, 0.25, 0.1875, 0.1875]);
+    }
+
+    #[test]
+    fn a_limit_is_reached_missed_or_undecided() {
+        assert_eq!(judge(1.0, 1.0, 0.0), Verdict::Reached);
+        assert_eq!(judge(1.01, 1.0, 0.02), Verdict::Within);
+        assert_eq!(judge(1.03, 1.0, 0.02), Verdict::Missed);
+    }
+}
