@@ -192,7 +192,7 @@ fn bytes(size: u32) -> String {
     }
 }
 
-/// As many messages as `epoll` echoes in some 0.6 s, to two digits: estimated once, on two cores of an EPYC of 2.6 GHz, and a
+/// As many messages as `epoll` echoes in some 0.4 s, to two digits: estimated once, on two cores of an EPYC of 2.6 GHz, and a
 /// formula rather than a calibration so that every run everywhere does the same work.
 fn messages(family: Family, connections: u32, size: u32, depth: u32) -> u64 {
     // One message in flight alone waits for two wake-ups.
@@ -209,7 +209,7 @@ fn messages(family: Family, connections: u32, size: u32, depth: u32) -> u64 {
     let cold = if connections > 512 { 1.5 } else { 1.0 };
     let batched = if family == Family::Udp { 1.0 } else { batch };
     let ns = base_ns * cold / batched + f64::from(size) * per_byte_ns + 300.0;
-    let count = 0.6e9 / ns;
+    let count = 0.4e9 / ns;
     let scale = 10f64.powi(count.log10() as i32 - 1);
     ((count / scale).round() * scale) as u64
 }

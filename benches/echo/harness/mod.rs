@@ -54,7 +54,7 @@ pub struct HarnessArgs {
     /// One more contender: a command that takes the options of `serve`.
     #[arg(long, value_name = "NAME=COMMAND", value_parser = Contender::also)]
     also: Vec<Contender>,
-    /// Rounds of timed runs [default: 5, with --quick 2].
+    /// Rounds of timed runs [default: 7, with --quick 2].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
     /// List cells and contenders, and run nothing.
@@ -261,7 +261,7 @@ fn measure(args: &HarnessArgs, root: &Path) -> io::Result<Option<Run>> {
         _ if args.untimed => 0,
         Some(rounds) => rounds as usize,
         None if args.quick => 2,
-        None => 5,
+        None => 7,
     };
     let start = Instant::now();
     let runner = Runner::new(args.server_cpu, args.load_cpu)?;
@@ -275,7 +275,7 @@ fn measure(args: &HarnessArgs, root: &Path) -> io::Result<Option<Run>> {
     let paced_rounds = if args.quick {
         rounds.min(1)
     } else {
-        rounds.min(3)
+        rounds.min(2)
     };
     let progress = progress(&turns, rounds, paced_rounds, args.callgrind);
 

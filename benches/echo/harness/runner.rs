@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::cells::{Cell, Family, Kind};
+use super::cells::{Cell, Family, Kind, Lineup};
 use super::contenders::Contender;
 use super::counters::{self, CallCounters, Hard, HardCounters, Measure};
 use super::json::{IdleMemory, Paced, Round};
@@ -321,6 +321,9 @@ fn options_of(kind: &str, cell: &Cell, messages: u64) -> Vec<OsString> {
     }
     if cell.kind != Kind::Idle {
         put("--messages", messages);
+    }
+    if cell.lineup == Lineup::Spin {
+        options.push("--busy".into());
     }
     options
 }

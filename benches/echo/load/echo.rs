@@ -33,6 +33,9 @@ pub struct EchoArgs {
     /// Messages to echo before the measurement [default: a tenth of --messages].
     #[arg(long)]
     warmup: Option<u64>,
+    /// Never sleep, so that latencies have no wake-up of the load's in them.
+    #[arg(long)]
+    busy: bool,
 }
 
 struct Connection {
@@ -45,6 +48,8 @@ struct Load {
     common: Common,
     connections: Vec<Connection>,
     depth: u32,
+    /// Milliseconds to wait for an event.
+    patience: i32,
     /// Messages still to be issued, and still to be echoed.
     unissued: u64,
     unechoed: u64,
@@ -67,6 +72,7 @@ pub fn load(args: &EchoArgs) -> io::Result<()> {
         common,
         connections,
         depth: args.depth,
+        patience: if args.busy { 0 } else { 1000 },
         unissued: 0,
         unechoed: 0,
         start: Instant::now(),
@@ -105,7 +111,7 @@ impl Load {
         }
         let mut stall = Stall::new();
         while self.unechoed > 0 {
-            let count = epoll_wait(self.common.poll, &mut events, 1000)?;
+            let count = epoll_wait(self.common.poll, &mut events, self.patience)?;
             stall.check(count, messages, self.unechoed)?;
             for event in &events[..count] {
                 let index = event.u64 as usize;

@@ -49,7 +49,7 @@ enum Contender {
     #[command(alias = "std-thread")]
     Threads(ListenArgs),
     /// The crate: a fiber for each connection, one worker.
-    Ringsock(ListenArgs),
+    Ringsock(ringsock::RingsockArgs),
     /// The crate without fibers: a thread for each connection.
     RingsockThread(ListenArgs),
     /// An echo that goes wrong, to test what judges the others.

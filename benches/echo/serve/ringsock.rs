@@ -5,16 +5,31 @@ use std::io::{self, Write};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
+use clap::Args;
 use ringsock::prelude::*;
 use ringsock::{CreateServer, Runtime};
 
 use super::fanout::Fanout;
 use super::{ListenArgs, cannot};
 
+/// Options of this server.
+#[derive(Args)]
+pub struct RingsockArgs {
+    #[command(flatten)]
+    listen: ListenArgs,
+    /// Look for completions for so long before sleeping.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    spin: u64,
+}
+
 /// Serves until a signal ends the process: a fiber for each connection, all on one worker, which is the main thread.
-pub fn serve(args: ListenArgs) -> io::Result<()> {
-    let runtime = Runtime::builder().workers(1);
+pub fn serve(args: RingsockArgs) -> io::Result<()> {
+    let runtime = Runtime::builder()
+        .workers(1)
+        .spin(Duration::from_micros(args.spin));
+    let args = args.listen;
     let served = runtime.run(move || match (args.udp, args.fanout) {
         (Some(_), Some(_)) => Err(cannot("no fan-out of datagrams")),
         (Some(_), None) => datagrams(&args),
