@@ -35,7 +35,7 @@ pub(crate) enum Op<'a> {
         fd: RawFd,
         buffer: &'a mut [MaybeUninit<u8>],
         flags: i32,
-        /// A plain call has just found nothing, so the ring need not look before it waits.
+        /// Nothing is there to receive, or hardly, so the ring need not look before it waits.
         found_nothing: bool,
     },
     /// send(2). The result is the number of bytes the kernel took.
@@ -153,6 +153,14 @@ impl Op<'_> {
                 other => other,
             },
             Op::Sleep { .. } => -libc::EAGAIN,
+        }
+    }
+
+    /// A plain call has just found nothing, or would hardly find anything.
+    #[inline(always)]
+    pub(crate) fn found_nothing(&mut self) {
+        if let Op::Recv { found_nothing, .. } = self {
+            *found_nothing = true;
         }
     }
 

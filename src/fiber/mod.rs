@@ -533,11 +533,15 @@ pub(crate) fn attempt_directly(op: &mut Op<'_>) -> Option<i32> {
 ///
 /// A worker with much to do comes round so late that its peers have answered: then the plain call saves the operation, its
 /// timer (550 ns in the kernel, by itself) and its completion. A worker with little to do would try in vain, so each fiber learns
-/// from its own tries. After a try in vain the ring waits without looking again, which pays for half of it.
+/// from its own tries. After a try in vain, or none, the ring waits without looking (again), which pays for half of it.
 #[inline(always)]
 pub(crate) fn attempt_in_turn(op: &mut Op<'_>) -> Option<i32> {
     let (worker, fiber) = current()?;
-    if fiber.interrupt.get() != 0 || !fiber.forecast.is_good() || std::thread::panicking() {
+    if fiber.interrupt.get() != 0 || std::thread::panicking() {
+        return None;
+    }
+    if !fiber.forecast.is_good() {
+        op.found_nothing();
         return None;
     }
     worker.make_ready(fiber);
@@ -560,9 +564,7 @@ fn attempt_failed(fiber: FiberRef, op: &mut Op<'_>, result: i32) -> Option<i32> 
         return Some(result);
     }
     fiber.forecast.found_nothing();
-    if let Op::Recv { found_nothing, .. } = op {
-        *found_nothing = true;
-    }
+    op.found_nothing();
     None
 }
 
