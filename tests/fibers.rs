@@ -5,6 +5,7 @@ mod support;
 
 use std::cell::{Cell, RefCell};
 use std::hint::black_box;
+use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::rc::Rc;
@@ -1183,5 +1184,40 @@ fn a_fiber_catches_its_own_panics() {
         for (n, fiber) in (0..).zip(fibers) {
             assert_eq!(fiber.join().unwrap(), n);
         }
+    });
+}
+
+#[test]
+fn operations_that_completed_together_are_served_together_beside_ready_fibers() {
+    const WAITING: usize = 200;
+    run(|| {
+        let received = Rc::new(Cell::new(0));
+        let mut peers = Vec::new();
+        for _ in 0..WAITING {
+            let (peer, conn) = std::os::unix::net::UnixStream::pair().unwrap();
+            let conn = Socket::try_from(conn).unwrap();
+            // Kept, because closing a descriptor looks after completions, too.
+            peers.push((peer, conn.clone()));
+            let received = received.clone();
+            spawn(move || {
+                assert_eq!(conn.recv(1).unwrap(), b"x");
+                received.set(received.get() + 1);
+            });
+        }
+        // All of them wait on the ring.
+        for _ in 0..10 {
+            yield_now();
+        }
+        for (peer, _) in &mut peers {
+            peer.write_all(b"x").unwrap();
+        }
+        let mut turns = 0;
+        while received.get() < WAITING {
+            yield_now();
+            turns += 1;
+            assert!(turns < 1000, "{} of {WAITING} served", received.get());
+        }
+        // The kernel posts twenty at a time; ten turns would be as many times the work of all ready fibers.
+        assert!(turns <= 3, "{turns} turns");
     });
 }
