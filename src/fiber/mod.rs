@@ -142,6 +142,8 @@ pub(crate) struct Fiber {
 
     completion: Cell<Completion>,
     key: Cell<Key>,
+    /// An address in its innermost frame, when it was last switched out.
+    frame: Cell<*const u8>,
     slot: u32,
     deadline_ns: Cell<i64>,
     id: u64,
@@ -235,9 +237,23 @@ impl FiberRef {
         matches!(coroutine.resume(()), CoroutineResult::Return(()))
     }
 
+    /// Has the cache fetch what a switch to the fiber reads of its block.
+    #[inline(always)]
+    fn prefetch_block(self) {
+        stack::prefetch::<2>(self.0.as_ptr().cast());
+    }
+
+    /// Has the cache fetch the innermost frames, which a switch to the fiber reads first.
+    #[inline(always)]
+    fn prefetch_frames(self) {
+        stack::prefetch::<10>(self.frame.get().wrapping_sub(128));
+    }
+
     /// Back to the scheduler; returns when the scheduler resumes this fiber.
     #[inline]
     fn switch_out(self) {
+        let frame = 0;
+        self.frame.set(std::hint::black_box(&raw const frame));
         // SAFETY: the fiber runs, so its root set the yielder, which lives as long as the fiber's stack.
         unsafe { (*self.yielder.get()).suspend(()) }
     }
@@ -332,6 +348,7 @@ fn create<F: FnOnce() + 'static>(
     let block = Fiber {
         coroutine: UnsafeCell::new(ManuallyDrop::new(coroutine)),
         yielder: Cell::new(ptr::null()),
+        frame: Cell::new(ptr::null()),
         completion: Cell::new(Completion { res: 0, flags: 0 }),
         key: Cell::new(Key::NONE),
         deadline_ns: Cell::new(i64::MAX),

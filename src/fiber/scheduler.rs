@@ -94,6 +94,17 @@ impl ReadyQueue {
         self.last.set(Some(fiber));
     }
 
+    /// Fetches what resuming the first will read, and the block of the second: with a thousand fibers, none of it is in a cache.
+    #[inline(always)]
+    fn prefetch(&self) {
+        if let Some(first) = self.first.get() {
+            first.prefetch_frames();
+            if let Some(second) = first.next_ready.get() {
+                second.prefetch_block();
+            }
+        }
+    }
+
     #[inline]
     fn pop(&self) -> Option<FiberRef> {
         let fiber = self.first.get()?;
@@ -463,6 +474,7 @@ impl Worker {
         }
         let last = self.ready.last.get();
         while let Some(fiber) = self.ready.pop() {
+            self.ready.prefetch();
             self.resume(fiber);
             if Some(fiber) == last {
                 break;

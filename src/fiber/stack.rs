@@ -269,6 +269,25 @@ fn guard_batch(guards: &[libc::iovec]) -> usize {
     usize::try_from(advised).unwrap_or(0) / GUARD_BYTES
 }
 
+/// Has the cache fetch so many lines from an address on. Any address does: it is a hint, which the processor may drop.
+#[inline(always)]
+pub(super) fn prefetch<const LINES: usize>(address: *const u8) {
+    for line in 0..LINES {
+        let address = address.wrapping_add(line * 64);
+        // SAFETY: the instruction reads nothing and never faults.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(address.cast());
+        }
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        unsafe {
+            std::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
