@@ -133,6 +133,12 @@ impl Cell {
             && self.depth == 1
     }
 
+    /// Whether one message goes to and fro. The load never sleeps then: its wake-ups, the server's business when it sends, would
+    /// cost more than the echo and vary more than servers differ.
+    pub fn is_ping_pong(&self) -> bool {
+        self.connections * self.depth == 1
+    }
+
     /// Two short lines for the head of a column: the transport, and the load.
     pub fn head(&self) -> (String, String) {
         let family = self.family.name();
@@ -195,9 +201,9 @@ fn bytes(size: u32) -> String {
 /// As many messages as `epoll` echoes in some 0.4 s, to two digits: estimated once, on two cores of an EPYC of 2.6 GHz, and a
 /// formula rather than a calibration so that every run everywhere does the same work.
 fn messages(family: Family, connections: u32, size: u32, depth: u32) -> u64 {
-    // One message in flight alone waits for two wake-ups.
+    // One message in flight alone waits for a wake-up.
     if connections * depth == 1 {
-        return if size > 4096 { 5_000 } else { 6_000 };
+        return if size > 4096 { 12_000 } else { 20_000 };
     }
     let (base_ns, per_byte_ns) = match family {
         Family::Tcp => (8_000.0, 0.55),

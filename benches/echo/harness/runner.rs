@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::cells::{Cell, Family, Kind, Lineup};
+use super::cells::{Cell, Family, Kind};
 use super::contenders::Contender;
 use super::counters::{self, CallCounters, Hard, HardCounters, Measure};
 use super::json::{IdleMemory, Paced, Round};
@@ -322,7 +322,7 @@ fn options_of(kind: &str, cell: &Cell, messages: u64) -> Vec<OsString> {
     if cell.kind != Kind::Idle {
         put("--messages", messages);
     }
-    if cell.lineup == Lineup::Spin {
+    if kind == "echo" && cell.is_ping_pong() {
         options.push("--busy".into());
     }
     options
