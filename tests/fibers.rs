@@ -1221,3 +1221,40 @@ fn operations_that_completed_together_are_served_together_beside_ready_fibers() 
         assert!(turns <= 3, "{turns} turns");
     });
 }
+
+/// Operations on the ring while so many pairs of fibers echo a hundred times each.
+fn operations_of_echoes(pairs: usize, timeout: Option<f64>) -> u64 {
+    run(move || {
+        let operations = || Handle::current().unwrap().metrics()[0].operations;
+        // The counters are published now and then, and whenever the worker waits.
+        sleep(0.001).unwrap();
+        let before = operations();
+        let fibers: Vec<_> = (0..pairs)
+            .map(|_| {
+                let (left, right) = socketpair().unwrap();
+                left.settimeout(timeout).unwrap();
+                right.settimeout(timeout).unwrap();
+                spawn(move || echo(&right));
+                spawn(move || check_echo(&left, 100, &mut Random::new(1)))
+            })
+            .collect();
+        fibers.into_iter().for_each(|fiber| fiber.join().unwrap());
+        sleep(0.001).unwrap();
+        operations() - before
+    })
+}
+
+#[test]
+fn a_crowd_goes_through_the_ring_unless_that_would_take_timers() {
+    let per_echo =
+        |pairs, timeout| operations_of_echoes(pairs, timeout) as f64 / pairs as f64 / 100.0;
+    let (few, many, timed) = (
+        per_echo(20, None),
+        per_echo(200, None),
+        per_echo(200, Some(60.0)),
+    );
+    assert!(
+        few < 1.0 && many > 1.5 && timed < 1.0,
+        "operations an echo: {few} of 20 pairs, {many} of 200, {timed} of 200 with a timeout"
+    );
+}

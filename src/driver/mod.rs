@@ -154,6 +154,8 @@ pub(crate) struct Driver {
     /// The CQEs of linked timers are wanted (see `Config::awaits_timers`), and so many are on their way.
     awaits_timers: bool,
     timers: u32,
+    /// There was a linked timer, ever.
+    has_timed: bool,
 }
 
 /// How long a cancel that missed waits before it is repeated.
@@ -183,6 +185,7 @@ impl Driver {
             tick: Box::new(Timespec::new()),
             awaits_timers: config.awaits_timers,
             timers: 0,
+            has_timed: false,
         })
     }
 
@@ -202,6 +205,7 @@ impl Driver {
             tick: Box::new(Timespec::new()),
             awaits_timers: false,
             timers: 0,
+            has_timed: false,
         }
     }
 
@@ -316,6 +320,7 @@ impl Driver {
                 } else {
                     TAG_TIMER
                 };
+                self.has_timed |= timeout.is_some();
                 let prepared = uring.prepare(op, key, timeout, tag, &mut self.counters);
                 if prepared.is_err() {
                     if watch {
@@ -475,6 +480,13 @@ impl Driver {
     /// Whether no request about finished operations (their timers, cancels) is the kernel's any more.
     pub(crate) fn is_settled(&self) -> bool {
         self.timers == 0 && self.cancels.is_empty()
+    }
+
+    /// [`settle`](Driver::settle), where there were timers: an operation without one holds its file no longer than its completion.
+    pub(crate) fn settle_timers(&mut self) {
+        if self.has_timed {
+            self.settle();
+        }
     }
 
     /// Runs what the kernel has deferred, so that finished operations let go of their files.

@@ -697,7 +697,7 @@ impl Socket {
         if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
             return self.attempt(op);
         }
-        let mut sent = match fiber::attempt_directly(&mut op) {
+        let mut sent = match fiber::attempt_directly(&mut op, timeout_ns >= 0) {
             None => self.wait_to_send(&mut op, to, timeout_ns)?,
             Some(code) if code < 0 => return Err(error_from_outcome(code)),
             Some(sent) => sent as usize,

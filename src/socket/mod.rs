@@ -767,7 +767,7 @@ impl Socket {
         }
         // A plain call would be satisfied with less than MSG_WAITALL asks for.
         if flags & libc::MSG_WAITALL == 0
-            && let Some(code) = fiber::attempt_in_turn(&mut op)
+            && let Some(code) = fiber::attempt_in_turn(&mut op, timeout_ns >= 0)
         {
             return transferred(code);
         }
@@ -832,7 +832,7 @@ impl Socket {
         if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
             return self.attempt(op);
         }
-        let mut sent = match fiber::attempt_directly(&mut op) {
+        let mut sent = match fiber::attempt_directly(&mut op, timeout_ns >= 0) {
             None if timeout_ns > 0 => return self.send_some(bytes, flags, to, timeout_ns),
             None => 0,
             Some(code) if code < 0 => return Err(error_from_outcome(code)),
@@ -903,7 +903,7 @@ impl Socket {
             flags,
         };
         // In any mode, what can be sent at once needs no waiting.
-        match fiber::attempt_directly(&mut op) {
+        match fiber::attempt_directly(&mut op, self.timeout_ns() >= 0) {
             Some(sent) if sent as usize == bytes.len() => Ok(()),
             Some(code) if code < 0 => Err(error_from_outcome(code)),
             sent => self.sendall_rest(&bytes[sent.unwrap_or(0) as usize..], flags),
