@@ -58,6 +58,7 @@ use std::cell::{Cell, UnsafeCell};
 use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
+use std::os::fd::RawFd;
 use std::panic::resume_unwind;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -65,6 +66,7 @@ use std::time::Duration;
 
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
+use crate::buf::Buf;
 use crate::driver::op::timespec_from_ns;
 use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Timespec, Waiter};
 use crate::error::{Error, Result};
@@ -536,34 +538,120 @@ pub(crate) fn attempt_directly(op: &mut Op<'_>) -> Option<i32> {
 /// from its own tries. After a try in vain the ring waits without looking again, which pays for half of it.
 #[inline(always)]
 pub(crate) fn attempt_in_turn(op: &mut Op<'_>) -> Option<i32> {
+    let turn = await_turn()?;
+    let result = turn.worker.attempt(op);
+    if result >= 0 {
+        turn.fiber.forecast.found();
+        return Some(result);
+    }
+    attempt_failed(turn, op, result)
+}
+
+#[cold]
+#[inline(never)]
+fn attempt_failed(turn: Turn, op: &mut Op<'_>, result: i32) -> Option<i32> {
+    if result != -libc::EAGAIN {
+        return Some(result);
+    }
+    turn.fiber.forecast.found_nothing();
+    if let Op::Recv { found_nothing, .. } = op {
+        *found_nothing = true;
+    }
+    None
+}
+
+/// The moment of a fiber for a receive that does not wait: see [`attempt_in_turn`].
+#[derive(Clone, Copy)]
+struct Turn {
+    worker: &'static Worker,
+    fiber: FiberRef,
+}
+
+/// In a fiber, lets all others that are ready go first. `None` if there hardly will be anything to receive, and outside fibers.
+#[inline(always)]
+fn await_turn() -> Option<Turn> {
     let (worker, fiber) = current()?;
     if fiber.interrupt.get() != 0 || !fiber.forecast.is_good() || std::thread::panicking() {
         return None;
     }
     worker.make_ready(fiber);
     fiber.switch_out();
-    if fiber.interrupt.get() != 0 {
-        return None;
-    }
-    let result = worker.attempt(op);
-    if result >= 0 {
-        fiber.forecast.found();
-        return Some(result);
-    }
-    attempt_failed(fiber, op, result)
+    (fiber.interrupt.get() == 0).then_some(Turn { worker, fiber })
 }
 
+/// Whether the caller is in a fiber whose worker lends receive buffers of so many bytes.
+#[inline(always)]
+pub(crate) fn lends(bytes: usize) -> bool {
+    current().is_some_and(|(worker, _)| bytes <= worker.buffers.buffer_bytes())
+}
+
+/// [`attempt_in_turn`], receiving at most `bufsize` bytes into a buffer that is taken only then.
+#[inline(always)]
+pub(crate) fn receive_in_turn(fd: RawFd, bufsize: usize) -> Option<Received> {
+    let turn = await_turn()?;
+    let received = receive(turn.worker, fd, bufsize);
+    match received {
+        Err(code) if code == -libc::EAGAIN => {
+            turn.fiber.forecast.found_nothing();
+            None
+        }
+        received => {
+            turn.fiber.forecast.found();
+            Some(received)
+        }
+    }
+}
+
+/// In a fiber: receives at most `bufsize` bytes without waiting, into a buffer that is taken for it.
+pub(crate) fn receive_now(fd: RawFd, bufsize: usize) -> Received {
+    let (worker, _) = current().expect("in a fiber");
+    receive(worker, fd, bufsize)
+}
+
+/// What a receive brought, or a code as of [`suspend`].
+pub(crate) type Received = std::result::Result<Buf, i32>;
+
+#[inline(always)]
+fn receive(worker: &Worker, fd: RawFd, bufsize: usize) -> Received {
+    let Some(mut lease) = worker.buffers.take() else {
+        return receive_to_heap(worker, fd, bufsize);
+    };
+    let received = worker.attempt(&mut Op::Recv {
+        fd,
+        buffer: crate::sys::as_uninit(&mut lease[..bufsize]),
+        flags: 0,
+        found_nothing: false,
+    });
+    match received {
+        ..0 => Err(received),
+        0 => Ok(Buf::default()),
+        _ => {
+            lease.truncate(received as usize);
+            Ok(Buf::from_lease(lease))
+        }
+    }
+}
+
+/// [`receive`] while all buffers are out.
 #[cold]
 #[inline(never)]
-fn attempt_failed(fiber: FiberRef, op: &mut Op<'_>, result: i32) -> Option<i32> {
-    if result != -libc::EAGAIN {
-        return Some(result);
+fn receive_to_heap(worker: &Worker, fd: RawFd, bufsize: usize) -> Received {
+    let mut bytes = Vec::new();
+    if bytes.try_reserve_exact(bufsize).is_err() {
+        return Err(-libc::ENOMEM);
     }
-    fiber.forecast.found_nothing();
-    if let Op::Recv { found_nothing, .. } = op {
-        *found_nothing = true;
+    let received = worker.attempt(&mut Op::Recv {
+        fd,
+        buffer: &mut bytes.spare_capacity_mut()[..bufsize],
+        flags: 0,
+        found_nothing: false,
+    });
+    if received < 0 {
+        return Err(received);
     }
-    None
+    crate::sys::set_received(&mut bytes, received as usize);
+    bytes.shrink_to_fit();
+    Ok(Buf::from_vec(bytes))
 }
 
 /// After a call that a fiber had no need to wait in: lets the others go first, once it has made many of them in a row.

@@ -154,6 +154,8 @@ struct Inner {
     timeout_ns: AtomicI64,
     /// The socket has SO_RCVTIMEO or SO_SNDTIMEO, as far as this object knows.
     has_option_timeouts: AtomicBool,
+    /// A plain receive has found nothing, so the socket is one that can receive.
+    receives: AtomicBool,
     /// The files of `makefile`, and whether `close` waits for the last of them.
     files: file::Files,
     inflight: InFlight,
@@ -307,6 +309,7 @@ impl Socket {
             proto,
             timeout_ns: AtomicI64::new(timeout_ns),
             has_option_timeouts: AtomicBool::new(false),
+            receives: AtomicBool::new(false),
             files: file::Files::new(),
             inflight: InFlight::new(),
         })))
@@ -617,7 +620,61 @@ impl Socket {
         if bufsize == 0 {
             return Ok(Buf::default());
         }
+        if flags == MsgFlags::default()
+            && self.timeout_ns() != NON_BLOCKING
+            && fiber::lends(bufsize)
+        {
+            return self.recv_lease(bufsize);
+        }
         receive_buf(bufsize, flags, |buffer| self.recv_raw(buffer, flags))
+    }
+
+    /// A receive in a fiber, into a buffer that is taken once there is something to put into it.
+    #[inline(always)]
+    fn recv_lease(&self, bufsize: usize) -> Result<Buf> {
+        match fiber::receive_in_turn(self.0.fd, bufsize) {
+            Some(received) => received.map_err(error_from_outcome),
+            None => self.recv_lease_later(bufsize),
+        }
+    }
+
+    /// Waits for readiness rather than for the receive itself: the ring would have to be lent a buffer for all that time.
+    #[inline(never)]
+    fn recv_lease_later(&self, bufsize: usize) -> Result<Buf> {
+        let fd = self.0.fd;
+        let timeout_ns = self.timeout_ns();
+        let deadline_ns = match timeout_ns {
+            1.. => fiber::now_ns().saturating_add(timeout_ns),
+            _ => i64::MAX,
+        };
+        let mut left_ns = timeout_ns;
+        // Where a receive would fail at once, a poll may wait all the same (a listening socket), so a first one goes before it.
+        let mut ready = !self.0.receives.load(Ordering::Relaxed);
+        if ready && let Some(code) = fiber::outcome_so_far() {
+            return Err(error_from_outcome(code));
+        }
+        loop {
+            if ready {
+                match fiber::receive_now(fd, bufsize) {
+                    Err(code) if matches!(-code, libc::EAGAIN | libc::EINTR) => {
+                        self.0.receives.store(true, Ordering::Relaxed);
+                    }
+                    received => return received.map_err(error_from_outcome),
+                }
+                if timeout_ns > 0 {
+                    left_ns = deadline_ns - fiber::now_ns();
+                    if left_ns <= 0 {
+                        return Err(Error::Timeout);
+                    }
+                }
+            }
+            let events = libc::POLLIN;
+            let code = self.wait(&mut Op::Poll { fd, events }, Direction::In, left_ns);
+            if code < 0 {
+                return Err(error_from_outcome(code));
+            }
+            ready = true;
+        }
     }
 
     /// Receives into memory that need not be initialised: the part of `buffer` that was filled, empty at the end of the stream
@@ -1434,6 +1491,7 @@ impl Socket {
             proto: 0,
             timeout_ns: AtomicI64::new(BLOCKING),
             has_option_timeouts: AtomicBool::new(false),
+            receives: AtomicBool::new(false),
             files: file::Files::new(),
             inflight: InFlight::new(),
         }))
