@@ -579,10 +579,10 @@ fn await_turn() -> Option<Turn> {
     (fiber.interrupt.get() == 0).then_some(Turn { worker, fiber })
 }
 
-/// Whether the caller is in a fiber whose worker lends receive buffers of so many bytes.
+/// In a fiber: bytes of each receive buffer that its worker lends; 0 where there is none.
 #[inline(always)]
-pub(crate) fn lends(bytes: usize) -> bool {
-    current().is_some_and(|(worker, _)| bytes <= worker.buffers.buffer_bytes())
+pub(crate) fn lent_bytes() -> usize {
+    current().map_or(0, |(worker, _)| worker.buffers.buffer_bytes())
 }
 
 /// [`attempt_in_turn`], receiving at most `bufsize` bytes into a buffer that is taken only then.

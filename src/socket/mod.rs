@@ -31,6 +31,7 @@ mod convert;
 mod create;
 mod datagram;
 mod file;
+mod iterators;
 mod message;
 mod module;
 mod options;
@@ -62,6 +63,7 @@ pub use create::{
     create_server_with, has_dualstack_ipv6,
 };
 pub use file::{MakeFile, SocketFile};
+pub use iterators::{Chunks, Incoming};
 pub use message::{
     Afalg, Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, Credentials, RecvMsg, RecvMsgInto,
     SendMsg, recv_fds, recv_fds_with, send_fds, send_fds_with,
@@ -622,7 +624,7 @@ impl Socket {
         }
         if flags == MsgFlags::default()
             && self.timeout_ns() != NON_BLOCKING
-            && fiber::lends(bufsize)
+            && bufsize <= fiber::lent_bytes()
         {
             return self.recv_lease(bufsize);
         }
