@@ -48,7 +48,18 @@ fn echo(conn: &Socket, buffer: &mut [u8]) -> ringsock::Result<()> {
     }
 }
 
-/// The same without a buffer of its own: an idle connection holds none.
+/// With a buffer of the connection's own. (Inlined, it would make room for that on the stack in the other mode too.)
+#[inline(never)]
+fn echo_into(conn: &Socket, buffer_bytes: usize) -> ringsock::Result<()> {
+    if buffer_bytes <= 4096 {
+        // On the fiber's own stack, as one would write it for a thread.
+        echo(conn, &mut [0; 4096][..buffer_bytes])
+    } else {
+        echo(conn, &mut vec![0; buffer_bytes])
+    }
+}
+
+/// With buffers of the worker's pool: an idle connection holds none.
 fn echo_leases(conn: &Socket, buffer_bytes: usize) -> ringsock::Result<()> {
     loop {
         let data = conn.recv(buffer_bytes)?;
@@ -70,13 +81,9 @@ fn serve(args: &Args) -> ringsock::Result<()> {
         if timeout.is_some() {
             conn.settimeout(timeout)?;
         }
-        if mode == Mode::Lease {
-            echo_leases(&conn, buffer_bytes)
-        } else if buffer_bytes <= 4096 {
-            // On the fiber's own stack, as one would write it for a thread.
-            echo(&conn, &mut [0; 4096][..buffer_bytes])
-        } else {
-            echo(&conn, &mut vec![0; buffer_bytes])
+        match mode {
+            Mode::Into => echo_into(&conn, buffer_bytes),
+            Mode::Lease => echo_leases(&conn, buffer_bytes),
         }
     })
 }

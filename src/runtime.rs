@@ -305,7 +305,7 @@ impl RuntimeBuilder {
 
     /// Receive buffers of each worker: how many, and bytes of each. 64 of 64 KiB if not said; only what is touched takes memory.
     ///
-    /// [`Socket::recv`] in a fiber lends one where the result cannot be longer, so a server whose messages are longer than 64 KiB
+    /// [`Socket::recv`] of a stream, in a fiber, lends one where the result cannot be longer, so a server whose messages are longer than 64 KiB
     /// wants longer ones, and one that holds many [`Buf`](crate::Buf)s at once wants more: while all are out, receives allocate. With
     /// none of them they always do.
     ///

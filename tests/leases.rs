@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ringsock::prelude::*;
-use ringsock::{Runtime, create_connection, create_server, socketpair, spawn};
+use ringsock::{Runtime, create_connection, create_server, socketpair, spawn, yield_now};
 
 use support::{Random, beside, checked, errno, seed, tcp_pair};
 
@@ -376,5 +376,181 @@ fn incoming_gives_every_connection_and_leaves_the_others_in_the_backlog() {
             assert!(incoming.next().unwrap().unwrap_err().is_closed());
             assert!(incoming.next().is_none());
         });
+    });
+}
+
+// Sending later.
+
+/// Receives to the end of the stream.
+fn receive_all(conn: &Socket) -> Vec<u8> {
+    conn.chunks()
+        .flat_map(|chunk| chunk.unwrap().to_vec())
+        .collect()
+}
+
+#[test]
+fn a_lease_is_sent_and_goes_home() {
+    checked(|| {
+        run_with(1, 4096, || {
+            let (left, right) = socketpair().unwrap();
+            for n in 0..100u32 {
+                left.sendall(&n.to_le_bytes()).unwrap();
+                let lease = right.recv(4096).unwrap();
+                assert!(lease.is_lease());
+                right.sendall_buf(lease).unwrap();
+                assert_eq!(left.recv_into(&mut [0; 8]).unwrap(), 4);
+            }
+        });
+    });
+}
+
+/// Whatever is sent now, later, as a message or a file arrives in the order of the calls, with leases among it.
+#[test]
+fn what_is_sent_later_keeps_its_place() {
+    checked(|| {
+        let seed = seed();
+        run_with(4, 65_536, move || {
+            for round in 0..20 {
+                let mut random = Random::new(seed + round);
+                let (left, right) = if round % 2 == 0 {
+                    socketpair().unwrap()
+                } else {
+                    tcp_pair()
+                };
+                let receiver = beside(move || {
+                    thread::sleep(Duration::from_millis(5));
+                    receive_all(&right)
+                });
+                let (feed, fed) = socketpair().unwrap();
+                let mut sent = Vec::new();
+                for _ in 0..100 {
+                    let len = match random.below(4) {
+                        0 => random.below(100_000),
+                        _ => 1 + random.below(10_000),
+                    };
+                    let bytes = random.bytes(len as usize);
+                    sent.extend_from_slice(&bytes);
+                    match random.below(6) {
+                        0 => left.sendall(&bytes).unwrap(),
+                        1 => assert_eq!(left.send(&bytes).unwrap(), bytes.len()),
+                        2 => assert_eq!(
+                            left.sendmsg(&[std::io::IoSlice::new(&bytes)]).unwrap(),
+                            bytes.len()
+                        ),
+                        3 if !bytes.is_empty() => {
+                            let half = bytes.len().min(4096);
+                            feed.sendall(&bytes[..half]).unwrap();
+                            let mut lease = fed.recv(65_536).unwrap();
+                            assert_eq!(lease.len(), half);
+                            let head = lease.split_to(half / 2);
+                            left.sendall_later(head).unwrap();
+                            left.sendall_later(lease).unwrap();
+                            left.sendall_later(bytes[half..].into()).unwrap();
+                        }
+                        _ => left.sendall_later(bytes.into()).unwrap(),
+                    }
+                    if random.below(10) == 0 {
+                        yield_now();
+                    }
+                }
+                match round % 4 {
+                    0 | 1 => left.shutdown(SHUT_WR).unwrap(),
+                    _ => drop(left),
+                }
+                assert!(receiver.join() == sent, "seed {}", seed + round);
+            }
+        });
+    });
+}
+
+#[test]
+fn what_waits_to_be_sent_is_bounded_and_others_wait_no_longer_than_their_timeout() {
+    checked(|| {
+        ringsock::run(|| {
+            for len in [1, 70_000] {
+                let (left, right) = socketpair().unwrap();
+                left.setsockopt(SOL_SOCKET, SO_SNDBUF, 4096).unwrap();
+                left.setblocking(false).unwrap();
+                while left.send(&[0; 100_000]).is_ok() {}
+                let mut queued = 0;
+                let full = loop {
+                    match left.sendall_later(vec![1; len].into()) {
+                        Ok(()) => queued += 1,
+                        Err(error) => break error,
+                    }
+                };
+                assert!(full.is_would_block());
+                // One of them is being sent.
+                assert_eq!(queued, if len == 1 { 16 } else { 3 });
+                yield_now();
+                assert!(left.sendall(b"x").unwrap_err().is_would_block());
+                assert!(
+                    left.send_with(b"x", MSG_DONTWAIT)
+                        .unwrap_err()
+                        .is_would_block()
+                );
+                left.settimeout(0.05).unwrap();
+                let start = Instant::now();
+                assert_eq!(left.sendall(b"x"), Err(Error::Timeout));
+                assert!(start.elapsed() >= Duration::from_millis(49));
+                left.settimeout(None).unwrap();
+                let receiver = spawn(move || receive_all(&right));
+                left.sendall(b"x").unwrap();
+                drop(left);
+                let received = receiver.join().unwrap();
+                assert_eq!(received.last(), Some(&b'x'));
+                let ones = received.iter().filter(|byte| **byte == 1).count();
+                assert!(ones == queued * len || ones == (queued + 1) * len, "{ones}");
+            }
+        });
+    });
+}
+
+#[test]
+fn an_error_of_what_was_queued_comes_with_the_next_send_once() {
+    checked(|| {
+        ringsock::run(|| {
+            let (left, right) = socketpair().unwrap();
+            left.sendall_later(vec![1; 10_000_000].into()).unwrap();
+            yield_now();
+            left.sendall_later(vec![1; 100_000].into()).unwrap();
+            drop(right);
+            let waiting = left.sendall(b"x").unwrap_err();
+            assert!(matches!(waiting.errno(), Some(32 | 104)), "{waiting}");
+            assert_eq!(errno(left.sendall_later(b"x".into())), Some(32));
+            assert_eq!(errno(left.send(b"x")), Some(32));
+
+            // A timeout holds for what is queued, and its error keeps until the next call that sends.
+            let (left, right) = socketpair().unwrap();
+            left.settimeout(0.02).unwrap();
+            left.sendall_later(vec![1; 10_000_000].into()).unwrap();
+            ringsock::sleep(0.1).unwrap();
+            assert!(!right.recv(10).unwrap().is_empty());
+            assert_eq!(left.shutdown(SHUT_WR), Err(Error::Timeout));
+            left.shutdown(SHUT_WR).unwrap();
+
+            // Closing ends it.
+            let (left, right) = socketpair().unwrap();
+            left.sendall_later(vec![1; 10_000_000].into()).unwrap();
+            let other = left.clone();
+            let waiting = spawn(move || other.sendall(b"x"));
+            yield_now();
+            left.close().unwrap();
+            assert!(waiting.join().unwrap().unwrap_err().is_closed());
+            assert!(receive_all(&right).len() < 10_000_000);
+            assert!(left.sendall_later(b"x".into()).unwrap_err().is_closed());
+        });
+    });
+}
+
+#[test]
+fn a_queue_ends_with_its_runtime() {
+    checked(|| {
+        let (left, right) = socketpair().unwrap();
+        let kept = left.clone();
+        ringsock::run(move || left.sendall_later(vec![1; 10_000_000].into()).unwrap());
+        assert_eq!(kept.sendall(b"x"), Err(Error::Shutdown));
+        drop(kept);
+        assert!(receive_all(&right).len() < 10_000_000);
     });
 }

@@ -9,7 +9,7 @@ use lease::Lease;
 
 /// The bytes one `recv` brought. It reads and writes like a `[u8]`, may be sent to another thread, and converts into a `Vec<u8>`.
 ///
-/// In a fiber it mostly is a *lease* of one of the worker's receive buffers
+/// In a fiber, of a stream, it mostly is a *lease* of one of the worker's receive buffers
 /// ([`RuntimeBuilder::buffers`](crate::RuntimeBuilder::buffers)): nothing is allocated or copied, and the buffer goes back when the
 /// `Buf` is dropped, on whatever thread, also after the socket and the runtime are gone. While all buffers are out, receives
 /// allocate instead. Nothing waits for a buffer and nothing fails for want of one, so holding on to a few is harmless; what is

@@ -35,14 +35,15 @@ mod iterators;
 mod message;
 mod module;
 mod options;
+mod queue;
 mod sendfile;
 
 use std::fmt;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
@@ -160,6 +161,8 @@ struct Inner {
     receives: AtomicBool,
     /// The files of `makefile`, and whether `close` waits for the last of them.
     files: file::Files,
+    /// What `sendall_later` queued, once it has.
+    queue: OnceLock<Box<queue::SendQueue>>,
     inflight: InFlight,
 }
 
@@ -313,6 +316,7 @@ impl Socket {
             has_option_timeouts: AtomicBool::new(false),
             receives: AtomicBool::new(false),
             files: file::Files::new(),
+            queue: OnceLock::new(),
             inflight: InFlight::new(),
         })))
     }
@@ -574,13 +578,16 @@ impl Socket {
     /// Receives at most `bufsize` bytes: what has arrived, as soon as there is any. An empty result is the end of the stream.
     /// With `bufsize` 0 the result is empty at once.
     ///
+    /// In a fiber, the bytes of a stream come in a buffer that the worker lends once they are there (see [`Buf`]), so a
+    /// connection that waits holds none.
+    ///
     /// # Errors
     ///
     /// `Timeout`; `EAGAIN` in non-blocking mode. `ECONNRESET`: the peer is gone. `ENOTCONN`: not connected.
     ///
     /// # Source
     ///
-    /// Python `socket.recv(bufsize)`; `recv(2)`; `IORING_OP_RECV`.
+    /// Python `socket.recv(bufsize)`; `recv(2)`; `IORING_OP_RECV`, with a lent buffer `IORING_OP_POLL_ADD`.
     ///
     /// ```
     /// let (left, right) = ringsock::socketpair()?;
@@ -622,7 +629,8 @@ impl Socket {
         if bufsize == 0 {
             return Ok(Buf::default());
         }
-        if flags == MsgFlags::default()
+        if self.0.kind == SOCK_STREAM
+            && flags == MsgFlags::default()
             && self.timeout_ns() != NON_BLOCKING
             && bufsize <= fiber::lent_bytes()
         {
@@ -640,7 +648,8 @@ impl Socket {
         }
     }
 
-    /// Waits for readiness rather than for the receive itself: the ring would have to be lent a buffer for all that time.
+    /// Waits for readiness rather than for the receive itself: the ring would have to be lent a buffer for all that time. (Of
+    /// datagrams the two differ: after SHUT_RD, AF_UNIX tells the end to a receive that waits, but is not ready.)
     #[inline(never)]
     fn recv_lease_later(&self, bufsize: usize) -> Result<Buf> {
         let fd = self.0.fd;
@@ -886,6 +895,7 @@ impl Socket {
     /// `send`, or with an address `sendto`.
     #[inline(always)]
     fn send_raw(&self, bytes: &[u8], flags: i32, to: Option<&SockAddr>) -> Result<usize> {
+        self.send_behind_queue(flags)?;
         let timeout_ns = self.timeout_ns();
         let mut op = self.send_op(bytes, flags, to);
         if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
@@ -956,6 +966,7 @@ impl Socket {
     #[inline]
     pub fn sendall_with(&self, bytes: &[u8], flags: MsgFlags) -> Result<()> {
         let flags = flags.bits();
+        self.send_behind_queue(flags)?;
         let mut op = Op::Send {
             fd: self.0.fd,
             buffer: bytes,
@@ -975,6 +986,10 @@ impl Socket {
         if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
             return self.sendall_non_blocking(bytes, flags);
         }
+        self.sendall_waiting(bytes, flags, timeout_ns)
+    }
+
+    fn sendall_waiting(&self, bytes: &[u8], flags: i32, timeout_ns: i64) -> Result<()> {
         if timeout_ns > 0 {
             return self.sendall_timed(bytes, flags, timeout_ns);
         }
@@ -1079,6 +1094,9 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn shutdown(&self, how: i32) -> Result<()> {
+        if how != libc::SHUT_RD {
+            self.send_behind_queue(0)?;
+        }
         sys::check(sys::shutdown(self.0.fd, how)).map(drop)
     }
 
@@ -1495,6 +1513,7 @@ impl Socket {
             has_option_timeouts: AtomicBool::new(false),
             receives: AtomicBool::new(false),
             files: file::Files::new(),
+            queue: OnceLock::new(),
             inflight: InFlight::new(),
         }))
     }
@@ -1536,9 +1555,9 @@ impl io::Write for &Socket {
         Ok(self.sendall(bytes)?)
     }
 
-    /// Does nothing: nothing is buffered.
+    /// Waits until what [`sendall_later`](Socket::sendall_later) has queued is sent. Nothing else is buffered.
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        Ok(self.send_behind_queue(0)?)
     }
 }
 
@@ -1558,7 +1577,7 @@ impl io::Write for Socket {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        io::Write::flush(&mut &*self)
     }
 }
 
