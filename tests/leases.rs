@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use ringsock::prelude::*;
 use ringsock::{Runtime, create_connection, create_server, socketpair, spawn, yield_now};
 
-use support::{Random, beside, checked, errno, seed, tcp_pair};
+use support::{Random, alone, beside, checked, errno, seed, set_limit, tcp_pair};
 
 /// Runs `main` with one worker and so many buffers.
 fn run_with<T: 'static>(buffers: usize, bytes: usize, main: impl FnOnce() -> T + 'static) -> T {
@@ -35,7 +35,12 @@ fn a_receive_is_lent_a_buffer_only_where_that_changes_no_result() {
                 }
                 received
             };
-            assert!(receive(4096, MsgFlags::default()).is_lease());
+            let first = receive(4096, MsgFlags::default());
+            assert!(first.is_lease());
+            let at = first.as_ptr();
+            drop(first);
+            // The one that came back last is lent first.
+            assert_eq!(receive(4096, MsgFlags::default()).as_ptr(), at);
             assert!(!receive(4097, MsgFlags::default()).is_lease());
             assert!(!receive(5, MSG_WAITALL).is_lease());
             assert!(!receive(4096, MSG_PEEK).is_lease());
@@ -72,6 +77,7 @@ fn a_receive_of_a_listening_socket_fails_at_once_in_any_fiber() {
             // A fiber whose receives were in vain is not one that tries first.
             for _ in 0..10 {
                 assert_eq!(right.recv(16).unwrap_err(), Error::Timeout);
+                server.settimeout(1).unwrap();
                 assert_eq!(errno(server.recv(16)), Some(107));
             }
         });
@@ -379,6 +385,35 @@ fn incoming_gives_every_connection_and_leaves_the_others_in_the_backlog() {
     });
 }
 
+#[test]
+fn incoming_rests_while_there_is_no_descriptor_and_then_gives_every_connection() {
+    alone(
+        "incoming_rests_while_there_is_no_descriptor_and_then_gives_every_connection",
+        || {
+            ringsock::run(|| {
+                set_limit(libc::RLIMIT_NOFILE, 64).unwrap();
+                let server = create_server(("127.0.0.1", 0)).unwrap();
+                let address = server.getsockname().unwrap();
+                let _clients = [(); 3].map(|()| create_connection(&address).unwrap());
+                let mut taken = Vec::new();
+                while let Ok(file) = std::fs::File::open("/dev/null") {
+                    taken.push(file);
+                }
+                let mut incoming = server.incoming();
+                let start = Instant::now();
+                for _ in 0..5 {
+                    assert_eq!(errno(incoming.next().unwrap()), Some(24));
+                }
+                // 10, 20, 40 and 80 ms between them.
+                assert!(start.elapsed() >= Duration::from_millis(149));
+                drop(taken);
+                let accepted: Vec<_> = incoming.take(3).map(Result::unwrap).collect();
+                assert_eq!(accepted.len(), 3);
+            });
+        },
+    );
+}
+
 // Sending later.
 
 /// Receives to the end of the stream.
@@ -546,11 +581,21 @@ fn an_error_of_what_was_queued_comes_with_the_next_send_once() {
 #[test]
 fn a_queue_ends_with_its_runtime() {
     checked(|| {
-        let (left, right) = socketpair().unwrap();
-        let kept = left.clone();
-        ringsock::run(move || left.sendall_later(vec![1; 10_000_000].into()).unwrap());
-        assert_eq!(kept.sendall(b"x"), Err(Error::Shutdown));
-        drop(kept);
-        assert!(receive_all(&right).len() < 10_000_000);
+        // Without grace the fiber that sends is unwound.
+        for grace in [Duration::from_secs(1), Duration::ZERO] {
+            let (left, right) = socketpair().unwrap();
+            let kept = left.clone();
+            let runtime = Runtime::builder().shutdown_grace(grace);
+            runtime
+                .run(move || {
+                    left.sendall_later(vec![1; 10_000_000].into()).unwrap();
+                    yield_now();
+                })
+                .unwrap();
+            kept.settimeout(5).unwrap();
+            assert_eq!(kept.sendall(b"x"), Err(Error::Shutdown));
+            drop(kept);
+            assert!(receive_all(&right).len() < 10_000_000);
+        }
     });
 }

@@ -62,6 +62,9 @@ struct Shared {
     returned: AtomicU32,
     /// Once the pool has ended: how many have not come back.
     away: AtomicUsize,
+    /// Goes when this is freed.
+    #[cfg(test)]
+    life: std::sync::Arc<()>,
 }
 
 impl Shared {
@@ -146,6 +149,8 @@ impl Pool {
             free: UnsafeCell::new(Vec::new()),
             returned: AtomicU32::new(NONE),
             away: AtomicUsize::new(0),
+            #[cfg(test)]
+            life: std::sync::Arc::default(),
         });
         Pool(NonNull::from(Box::leak(shared)))
     }
@@ -511,26 +516,22 @@ mod tests {
     fn memory_lives_as_long_as_its_last_lease() {
         let pool = Pool::new(2, 4096);
         let mut kept = pool.take().unwrap();
-        let at = kept.as_ptr() as usize;
+        let life = pool.shared().life.clone();
         drop(pool.take());
         drop(pool);
         kept.fill(7);
-        let mut rest = kept.split_to(1);
-        std::mem::swap(&mut rest, &mut kept);
-        drop(rest);
-        assert!(is_mapped(at));
+        drop(kept.split_to(1));
+        assert_eq!(std::sync::Arc::strong_count(&life), 2);
         thread::spawn(move || {
             assert!(kept.iter().all(|byte| *byte == 7));
             drop(kept);
         })
         .join()
         .unwrap();
-    }
-
-    fn is_mapped(address: usize) -> bool {
-        let page = address & !4095;
-        let mut resident = 0u8;
-        // SAFETY: mincore writes one byte for the one page asked for.
-        unsafe { libc::mincore(page as *mut libc::c_void, 4096, (&raw mut resident).cast()) == 0 }
+        assert_eq!(std::sync::Arc::strong_count(&life), 1, "it is freed");
+        let unused = Pool::new(2, 4096);
+        let life = unused.shared().life.clone();
+        drop(unused);
+        assert_eq!(std::sync::Arc::strong_count(&life), 1);
     }
 }
