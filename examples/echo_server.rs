@@ -24,7 +24,7 @@ struct Args {
     /// Close a connection that is silent, or does not read, for so long
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     timeout: Option<f64>,
-    /// Bytes of each connection's buffer
+    /// Bytes of each connection's buffer, or of one receive
     #[arg(long, value_name = "BYTES", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     buffer: u32,
 }
@@ -33,7 +33,7 @@ struct Args {
 enum Mode {
     /// recv_into a buffer of the connection's own
     Into,
-    /// a pool buffer that the kernel picks when data arrives (not in this version)
+    /// recv into a buffer of the worker's pool, taken when data is there
     Lease,
 }
 
@@ -48,12 +48,30 @@ fn echo(conn: &Socket, buffer: &mut [u8]) -> ringsock::Result<()> {
     }
 }
 
-fn serve(args: &Args) -> ringsock::Result<()> {
-    if args.mode == Mode::Lease {
-        return Err(Error::Message(
-            "--mode lease is not there yet: this version receives into each connection's own buffer (--mode into)".into(),
-        ));
+/// With a buffer of the connection's own. (Inlined, it would make room for that on the stack in the other mode too.)
+#[inline(never)]
+fn echo_into(conn: &Socket, buffer_bytes: usize) -> ringsock::Result<()> {
+    if buffer_bytes <= 4096 {
+        // On the fiber's own stack, as one would write it for a thread.
+        echo(conn, &mut [0; 4096][..buffer_bytes])
+    } else {
+        echo(conn, &mut vec![0; buffer_bytes])
     }
+}
+
+/// With buffers of the worker's pool: an idle connection holds none.
+fn echo_leases(conn: &Socket, buffer_bytes: usize) -> ringsock::Result<()> {
+    loop {
+        let data = conn.recv(buffer_bytes)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        conn.sendall(&data)?;
+    }
+}
+
+fn serve(args: &Args) -> ringsock::Result<()> {
+    let mode = args.mode;
     let timeout = args.timeout;
     let buffer_bytes = args.buffer as usize;
     args.listen.serve(move |conn: Socket, _peer: Address| {
@@ -63,11 +81,9 @@ fn serve(args: &Args) -> ringsock::Result<()> {
         if timeout.is_some() {
             conn.settimeout(timeout)?;
         }
-        if buffer_bytes <= 4096 {
-            // On the fiber's own stack, as one would write it for a thread.
-            echo(&conn, &mut [0; 4096][..buffer_bytes])
-        } else {
-            echo(&conn, &mut vec![0; buffer_bytes])
+        match mode {
+            Mode::Into => echo_into(&conn, buffer_bytes),
+            Mode::Lease => echo_leases(&conn, buffer_bytes),
         }
     })
 }

@@ -192,6 +192,7 @@ impl Default for RuntimeBuilder {
                 spawns_max: 1024,
                 grace: Duration::from_secs(1),
                 spin: Duration::ZERO,
+                buffers: (64, 64 * 1024),
             },
         }
     }
@@ -299,6 +300,30 @@ impl RuntimeBuilder {
     /// ```
     pub fn spin(mut self, at_most: Duration) -> RuntimeBuilder {
         self.limits.spin = at_most;
+        self
+    }
+
+    /// Receive buffers of each worker: how many, and bytes of each. 64 of 64 KiB if not said; only what is touched takes memory.
+    ///
+    /// [`Socket::recv`] of a stream, in a fiber, lends one where the result cannot be longer, so a server whose messages are longer than 64 KiB
+    /// wants longer ones, and one that holds many [`Buf`](crate::Buf)s at once wants more: while all are out, receives allocate. With
+    /// none of them they always do.
+    ///
+    /// ```
+    /// use ringsock::Runtime;
+    ///
+    /// let lent = |buffers| {
+    ///     Runtime::builder().buffers(buffers, 4096).run(|| {
+    ///         let (left, right) = ringsock::socketpair()?;
+    ///         left.sendall(b"hello")?;
+    ///         Ok::<bool, ringsock::Error>(right.recv(4096)?.is_lease())
+    ///     })
+    /// };
+    /// assert_eq!((lent(16)?, lent(0)?), (Ok(true), Ok(false)));
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn buffers(mut self, count: usize, bytes: usize) -> RuntimeBuilder {
+        self.limits.buffers = (count, bytes);
         self
     }
 

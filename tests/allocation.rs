@@ -116,6 +116,10 @@ fn the_counter_counts() {
 
 /// Echoes between two fibers; the worker is this thread.
 fn check_fibers(pair: fn() -> (Socket, Socket), timeout: Option<f64>) {
+    check_fibers_with(pair, timeout, echo);
+}
+
+fn check_fibers_with(pair: fn() -> (Socket, Socket), timeout: Option<f64>, echo: fn(&Socket)) {
     run(move || {
         let (left, right) = pair();
         left.settimeout(timeout).unwrap();
@@ -142,6 +146,20 @@ fn echoes_between_fibers_over_a_socketpair_allocate_nothing() {
 fn echoes_between_fibers_over_tcp_allocate_nothing() {
     check_fibers(connected, None);
     check_fibers(connected, Some(30.0));
+}
+
+#[test]
+fn echoes_of_leases_allocate_nothing() {
+    fn echo(conn: &Socket) {
+        for chunk in conn.chunks() {
+            let chunk = chunk.unwrap();
+            assert!(chunk.is_lease());
+            conn.sendall_buf(chunk).unwrap();
+        }
+    }
+    check_fibers_with(|| socketpair().unwrap(), None, echo);
+    check_fibers_with(|| socketpair().unwrap(), Some(30.0), echo);
+    check_fibers_with(connected, None, echo);
 }
 
 #[test]

@@ -157,6 +157,9 @@ enum Action {
     Sleep {
         at_ns: i64,
     },
+    PollIn {
+        fd: RawFd,
+    },
     Ready,
 }
 
@@ -415,6 +418,12 @@ impl Scripted {
                 Some(world.add(Peer::default()))
             }
             Action::Sleep { at_ns } => (*at_ns <= world.now_ns).then_some(-libc::ETIME),
+            Action::PollIn { fd } => {
+                let peer = world.peers.get(fd)?;
+                // Now and then there is readiness and nothing to receive.
+                let ready = !peer.arrived.is_empty() || peer.to_come.is_empty();
+                (ready || world.random.one_in(16)).then_some(i32::from(libc::POLLIN))
+            }
             Action::Ready => Some(0),
         }
     }
@@ -438,6 +447,7 @@ fn action(op: &mut Op<'_>) -> Action {
         Op::Sleep { duration } => Action::Sleep {
             at_ns: duration_ns(duration),
         },
+        Op::Poll { fd, events } if *events == libc::POLLIN => Action::PollIn { fd: *fd },
         Op::Connect { .. } | Op::Poll { .. } => Action::Ready,
         // The script's peers are streams.
         Op::SendTo { .. } | Op::SendMsg { .. } | Op::RecvMsg { .. } => Action::Ready,

@@ -58,6 +58,7 @@ use std::cell::{Cell, UnsafeCell};
 use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
+use std::os::fd::RawFd;
 use std::panic::resume_unwind;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -65,6 +66,7 @@ use std::time::Duration;
 
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
+use crate::buf::Buf;
 use crate::driver::op::timespec_from_ns;
 use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Timespec, Waiter};
 use crate::error::{Error, Result};
@@ -554,39 +556,141 @@ pub(crate) fn attempt_directly(op: &mut Op<'_>, timed: bool) -> Option<i32> {
 /// crowd the ring is better, unless the receive is timed.
 #[inline(always)]
 pub(crate) fn attempt_in_turn(op: &mut Op<'_>, timed: bool) -> Option<i32> {
-    let (worker, fiber) = current()?;
-    if fiber.interrupt.get() != 0 || std::thread::panicking() {
-        return None;
-    }
-    if worker.is_crowded() && !timed {
-        return None;
-    }
-    if !fiber.forecast.is_good() {
-        op.found_nothing();
-        return None;
-    }
-    worker.make_ready(fiber);
-    fiber.switch_out();
-    if fiber.interrupt.get() != 0 {
-        return None;
-    }
-    let result = worker.attempt(op);
+    let turn = match await_turn(timed) {
+        Ok(turn) => turn,
+        Err(NoTurn::Hopeless) => {
+            op.found_nothing();
+            return None;
+        }
+        Err(NoTurn::Unwanted) => return None,
+    };
+    let result = turn.worker.attempt(op);
     if result >= 0 {
-        fiber.forecast.found();
+        turn.fiber.forecast.found();
         return Some(result);
     }
-    attempt_failed(fiber, op, result)
+    attempt_failed(turn, op, result)
 }
 
 #[cold]
 #[inline(never)]
-fn attempt_failed(fiber: FiberRef, op: &mut Op<'_>, result: i32) -> Option<i32> {
+fn attempt_failed(turn: Turn, op: &mut Op<'_>, result: i32) -> Option<i32> {
     if result != -libc::EAGAIN {
         return Some(result);
     }
-    fiber.forecast.found_nothing();
+    turn.fiber.forecast.found_nothing();
     op.found_nothing();
     None
+}
+
+/// The moment of a fiber for a receive that does not wait: see [`attempt_in_turn`].
+#[derive(Clone, Copy)]
+struct Turn {
+    worker: &'static Worker,
+    fiber: FiberRef,
+}
+
+/// Why there is none.
+enum NoTurn {
+    /// There hardly will be anything to receive.
+    Hopeless,
+    /// No fiber, a crowd, an interruption.
+    Unwanted,
+}
+
+/// In a fiber, lets all others that are ready go first.
+#[inline(always)]
+fn await_turn(timed: bool) -> std::result::Result<Turn, NoTurn> {
+    let (worker, fiber) = current().ok_or(NoTurn::Unwanted)?;
+    let in_crowd = worker.is_crowded() && !timed;
+    if in_crowd || fiber.interrupt.get() != 0 || std::thread::panicking() {
+        return Err(NoTurn::Unwanted);
+    }
+    if !fiber.forecast.is_good() {
+        return Err(NoTurn::Hopeless);
+    }
+    worker.make_ready(fiber);
+    fiber.switch_out();
+    if fiber.interrupt.get() != 0 {
+        return Err(NoTurn::Unwanted);
+    }
+    Ok(Turn { worker, fiber })
+}
+
+/// In a fiber: bytes of each receive buffer that its worker lends; 0 where there is none.
+#[inline(always)]
+pub(crate) fn lent_bytes() -> usize {
+    current().map_or(0, |(worker, _)| worker.buffers.buffer_bytes())
+}
+
+/// [`attempt_in_turn`], receiving at most `bufsize` bytes into a buffer that is taken only then.
+#[inline(always)]
+pub(crate) fn receive_in_turn(fd: RawFd, bufsize: usize) -> Option<Received> {
+    // A lease waits by readiness first and is received by a plain call in any case, so a crowd changes nothing.
+    let turn = await_turn(true).ok()?;
+    let received = receive(turn.worker, fd, bufsize);
+    match received {
+        Err(code) if code == -libc::EAGAIN => {
+            turn.fiber.forecast.found_nothing();
+            None
+        }
+        received => {
+            turn.fiber.forecast.found();
+            Some(received)
+        }
+    }
+}
+
+/// In a fiber: receives at most `bufsize` bytes without waiting, into a buffer that is taken for it.
+pub(crate) fn receive_now(fd: RawFd, bufsize: usize) -> Received {
+    let (worker, _) = current().expect("in a fiber");
+    receive(worker, fd, bufsize)
+}
+
+/// What a receive brought, or a code as of [`suspend`].
+pub(crate) type Received = std::result::Result<Buf, i32>;
+
+#[inline(always)]
+fn receive(worker: &Worker, fd: RawFd, bufsize: usize) -> Received {
+    let Some(mut lease) = worker.buffers.take() else {
+        return receive_to_heap(worker, fd, bufsize);
+    };
+    let received = worker.attempt(&mut Op::Recv {
+        fd,
+        buffer: crate::sys::as_uninit(&mut lease[..bufsize]),
+        flags: 0,
+        found_nothing: false,
+    });
+    match received {
+        ..0 => Err(received),
+        0 => Ok(Buf::default()),
+        _ => {
+            lease.truncate(received as usize);
+            Ok(Buf::from_lease(lease))
+        }
+    }
+}
+
+/// [`receive`] while all buffers are out.
+#[cold]
+#[inline(never)]
+fn receive_to_heap(worker: &Worker, fd: RawFd, bufsize: usize) -> Received {
+    let mut bytes = Vec::new();
+    if bytes.try_reserve_exact(bufsize).is_err() {
+        return Err(-libc::ENOMEM);
+    }
+    let received = worker.attempt(&mut Op::Recv {
+        fd,
+        buffer: &mut bytes.spare_capacity_mut()[..bufsize],
+        flags: 0,
+        found_nothing: false,
+    });
+    if received < 0 {
+        return Err(received);
+    }
+    crate::sys::set_received(&mut bytes, received as usize);
+    bytes.shrink_to_fit();
+    Ok(Buf::from_vec(bytes))
 }
 
 /// After a call that a fiber had no need to wait in: lets the others go first, once it has made many of them in a row.

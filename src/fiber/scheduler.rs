@@ -32,6 +32,7 @@ use super::remote::{Control, Mailbox, Remote};
 use super::spin::Spin;
 use super::stack::{STACK_BYTES_MIN, StackPool};
 use super::{AbortOnUnwind, DriverCell, FiberRef, State, interrupt};
+use crate::buf::lease::Pool;
 use crate::driver::features::Features;
 use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Waiter};
 use crate::error::{Error, Result};
@@ -63,6 +64,8 @@ pub(crate) struct Limits {
     pub(crate) grace: Duration,
     /// How long to spin before a wait.
     pub(crate) spin: Duration,
+    /// Receive buffers, and bytes of each.
+    pub(crate) buffers: (usize, usize),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -127,6 +130,7 @@ pub(crate) struct Worker {
     /// Cancels that found the submission queue full.
     cancels: RefCell<Vec<Key>>,
     stacks: RefCell<StackPool>,
+    pub(super) buffers: Pool,
     remote: Arc<Remote>,
     mailbox: Mailbox,
     counts: Arc<Counts>,
@@ -163,6 +167,7 @@ impl Worker {
             ready: ReadyQueue::default(),
             cancels: RefCell::new(Vec::new()),
             stacks: RefCell::new(StackPool::new(limits.stack_bytes)),
+            buffers: Pool::new(limits.buffers.0, limits.buffers.1),
             remote,
             mailbox,
             counts,
@@ -428,6 +433,7 @@ impl Worker {
     /// Runs until stopped and all fibers have ended. The calling thread is the worker's from now on until then.
     pub(crate) fn run(&self) {
         let _worker = super::enter_worker(self);
+        let _buffers = self.buffers.enter();
         let abort = AbortOnUnwind;
         while !self.finished() {
             self.turn();

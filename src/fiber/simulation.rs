@@ -28,6 +28,7 @@ fn simulate<T: 'static>(
         spawns_max: 4,
         grace: Duration::from_secs(1),
         spin: Duration::ZERO,
+        buffers: (3, 24),
     };
     let counts = Arc::new(Counts::default());
     let worker = Worker::new(driver, limits, counts.clone()).unwrap();
@@ -264,4 +265,100 @@ fn a_busy_worker_keeps_every_promise() {
             spawn(|| assert_eq!(sleep(None), Err(Error::Shutdown)));
         });
     }
+}
+
+/// Leases of a pool of three, held for a while by receivers with deadlines, some of which are cancelled or find their socket
+/// closed: every byte comes once and in order, no free buffer is written to (`Pool::take` looks), and all come home.
+#[test]
+fn leases_bring_every_byte_whatever_ends_their_receives() {
+    let mut seen = [0u64; 4];
+    for seed in 1..=SEEDS {
+        let (counts, _) = simulate(seed, move |world| {
+            let mut random = Random::new(seed ^ 0x5eed);
+            let mut receivers = Vec::new();
+            for n in 0..1 + random.below(4) as u64 {
+                let sent = bytes(&mut random, 200);
+                let fd = world.borrow_mut().stream(&sent);
+                let socket = Socket::simulated(fd);
+                let receiver = spawn({
+                    let socket = socket.clone();
+                    move || receive_leases(&socket, &mut Random::new(seed ^ n << 32))
+                });
+                let ending = random.below(6);
+                receivers.push((fd, sent, socket, receiver, ending));
+            }
+            let mut counts = [0u64; 4];
+            for (fd, sent, socket, receiver, ending) in receivers {
+                sleep(Duration::from_nanos(random.below(3_000) as u64)).unwrap();
+                match ending {
+                    0 => receiver.cancel(),
+                    1 => socket.close().unwrap(),
+                    _ => {}
+                }
+                let (received, end, [timeouts, heap]) = receiver.join().unwrap();
+                counts[0] += timeouts;
+                counts[1] += heap;
+                match end {
+                    Ok(()) => assert_eq!(received, sent, "seed {seed}"),
+                    Err(error) => {
+                        let expected = match ending {
+                            0 => error == Error::Cancelled,
+                            1 => error.is_closed(),
+                            _ => false,
+                        };
+                        assert!(expected, "seed {seed}: {error}");
+                        counts[2 + ending] += 1;
+                        // What was not received is still there.
+                        let world = world.borrow();
+                        let peer = &world.peers[&fd];
+                        let rest = peer.arrived.iter().chain(&peer.to_come);
+                        let all: Vec<u8> = received.iter().chain(rest).copied().collect();
+                        assert_eq!(all, sent, "seed {seed}");
+                    }
+                }
+            }
+            let worker = super::worker().unwrap();
+            let all: Vec<_> = std::iter::from_fn(|| worker.buffers.take()).collect();
+            assert_eq!(all.len(), 3, "seed {seed}: a buffer did not come home");
+            counts
+        });
+        seen.iter_mut().zip(counts).for_each(|(sum, n)| *sum += n);
+    }
+    assert!(
+        seen.iter().all(|count| *count > SEEDS / 20),
+        "timeouts, heap memory, cancels and closes occur: {seen:?}"
+    );
+}
+
+/// Receives leases, and holds on to some, until the end of the stream or of patience: the bytes, how it ended, and how often
+/// there was a timeout and heap memory.
+fn receive_leases(socket: &Socket, random: &mut Random) -> (Vec<u8>, Result<()>, [u64; 2]) {
+    let (mut received, mut counts) = (Vec::new(), [0; 2]);
+    let mut held = Vec::new();
+    let end = loop {
+        socket.set_timeout_ns(match random.below(3) {
+            0 => -1,
+            _ => 1 + random.below(2_000) as i64,
+        });
+        match socket.recv(1 + random.below(24)) {
+            Ok(data) if data.is_empty() => break Ok(()),
+            Ok(data) => {
+                counts[1] += u64::from(!data.is_lease());
+                held.push((data.to_vec(), data));
+                received.extend_from_slice(&held[held.len() - 1].0);
+            }
+            Err(Error::Timeout) => counts[0] += 1,
+            Err(error) => break Err(error),
+        }
+        if held.len() > 2 || random.one_in(3) {
+            // Nobody has touched what is held.
+            for (was, is) in held.drain(..) {
+                assert_eq!(is, was);
+            }
+        }
+        if random.one_in(4) {
+            yield_now();
+        }
+    };
+    (received, end, counts)
 }

@@ -690,6 +690,7 @@ impl Socket {
         flags: i32,
         to: Option<&SockAddr>,
     ) -> Result<usize> {
+        self.send_behind_queue(flags)?;
         let timeout_ns = self.timeout_ns();
         let fd = self.0.fd;
         let message = &Outgoing::new(buffers, control, to);

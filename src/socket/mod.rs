@@ -31,17 +31,19 @@ mod convert;
 mod create;
 mod datagram;
 mod file;
+mod iterators;
 mod message;
 mod module;
 mod options;
+mod queue;
 mod sendfile;
 
 use std::fmt;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
@@ -62,6 +64,7 @@ pub use create::{
     create_server_with, has_dualstack_ipv6,
 };
 pub use file::{MakeFile, SocketFile};
+pub use iterators::{Chunks, Incoming};
 pub use message::{
     Afalg, Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, Credentials, RecvMsg, RecvMsgInto,
     SendMsg, recv_fds, recv_fds_with, send_fds, send_fds_with,
@@ -154,8 +157,12 @@ struct Inner {
     timeout_ns: AtomicI64,
     /// The socket has SO_RCVTIMEO or SO_SNDTIMEO, as far as this object knows.
     has_option_timeouts: AtomicBool,
+    /// A plain receive has found nothing, so the socket is one that can receive.
+    receives: AtomicBool,
     /// The files of `makefile`, and whether `close` waits for the last of them.
     files: file::Files,
+    /// What `sendall_later` queued, once it has.
+    queue: OnceLock<Box<queue::SendQueue>>,
     inflight: InFlight,
 }
 
@@ -307,7 +314,9 @@ impl Socket {
             proto,
             timeout_ns: AtomicI64::new(timeout_ns),
             has_option_timeouts: AtomicBool::new(false),
+            receives: AtomicBool::new(false),
             files: file::Files::new(),
+            queue: OnceLock::new(),
             inflight: InFlight::new(),
         })))
     }
@@ -569,13 +578,16 @@ impl Socket {
     /// Receives at most `bufsize` bytes: what has arrived, as soon as there is any. An empty result is the end of the stream.
     /// With `bufsize` 0 the result is empty at once.
     ///
+    /// In a fiber, the bytes of a stream come in a buffer that the worker lends once they are there (see [`Buf`]), so a
+    /// connection that waits holds none.
+    ///
     /// # Errors
     ///
     /// `Timeout`; `EAGAIN` in non-blocking mode. `ECONNRESET`: the peer is gone. `ENOTCONN`: not connected.
     ///
     /// # Source
     ///
-    /// Python `socket.recv(bufsize)`; `recv(2)`; `IORING_OP_RECV`.
+    /// Python `socket.recv(bufsize)`; `recv(2)`; `IORING_OP_RECV`, with a lent buffer `IORING_OP_POLL_ADD`.
     ///
     /// ```
     /// let (left, right) = ringsock::socketpair()?;
@@ -617,7 +629,63 @@ impl Socket {
         if bufsize == 0 {
             return Ok(Buf::default());
         }
+        if self.0.kind == SOCK_STREAM
+            && flags == MsgFlags::default()
+            && self.timeout_ns() != NON_BLOCKING
+            && bufsize <= fiber::lent_bytes()
+        {
+            return self.recv_lease(bufsize);
+        }
         receive_buf(bufsize, flags, |buffer| self.recv_raw(buffer, flags))
+    }
+
+    /// A receive in a fiber, into a buffer that is taken once there is something to put into it.
+    #[inline(always)]
+    fn recv_lease(&self, bufsize: usize) -> Result<Buf> {
+        match fiber::receive_in_turn(self.0.fd, bufsize) {
+            Some(received) => received.map_err(error_from_outcome),
+            None => self.recv_lease_later(bufsize),
+        }
+    }
+
+    /// Waits for readiness rather than for the receive itself: the ring would have to be lent a buffer for all that time. (Of
+    /// datagrams the two differ: after SHUT_RD, AF_UNIX tells the end to a receive that waits, but is not ready.)
+    #[inline(never)]
+    fn recv_lease_later(&self, bufsize: usize) -> Result<Buf> {
+        let fd = self.0.fd;
+        let timeout_ns = self.timeout_ns();
+        let deadline_ns = match timeout_ns {
+            1.. => fiber::now_ns().saturating_add(timeout_ns),
+            _ => i64::MAX,
+        };
+        let mut left_ns = timeout_ns;
+        // Where a receive would fail at once, a poll may wait all the same (a listening socket), so a first one goes before it.
+        let mut ready = !self.0.receives.load(Ordering::Relaxed);
+        if ready && let Some(code) = fiber::outcome_so_far() {
+            return Err(error_from_outcome(code));
+        }
+        loop {
+            if ready {
+                match fiber::receive_now(fd, bufsize) {
+                    Err(code) if matches!(-code, libc::EAGAIN | libc::EINTR) => {
+                        self.0.receives.store(true, Ordering::Relaxed);
+                    }
+                    received => return received.map_err(error_from_outcome),
+                }
+                if timeout_ns > 0 {
+                    left_ns = deadline_ns - fiber::now_ns();
+                    if left_ns <= 0 {
+                        return Err(Error::Timeout);
+                    }
+                }
+            }
+            let events = libc::POLLIN;
+            let code = self.wait(&mut Op::Poll { fd, events }, Direction::In, left_ns);
+            if code < 0 {
+                return Err(error_from_outcome(code));
+            }
+            ready = true;
+        }
     }
 
     /// Receives into memory that need not be initialised: the part of `buffer` that was filled, empty at the end of the stream
@@ -827,6 +895,7 @@ impl Socket {
     /// `send`, or with an address `sendto`.
     #[inline(always)]
     fn send_raw(&self, bytes: &[u8], flags: i32, to: Option<&SockAddr>) -> Result<usize> {
+        self.send_behind_queue(flags)?;
         let timeout_ns = self.timeout_ns();
         let mut op = self.send_op(bytes, flags, to);
         if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
@@ -897,6 +966,7 @@ impl Socket {
     #[inline]
     pub fn sendall_with(&self, bytes: &[u8], flags: MsgFlags) -> Result<()> {
         let flags = flags.bits();
+        self.send_behind_queue(flags)?;
         let mut op = Op::Send {
             fd: self.0.fd,
             buffer: bytes,
@@ -916,6 +986,10 @@ impl Socket {
         if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
             return self.sendall_non_blocking(bytes, flags);
         }
+        self.sendall_waiting(bytes, flags, timeout_ns)
+    }
+
+    fn sendall_waiting(&self, bytes: &[u8], flags: i32, timeout_ns: i64) -> Result<()> {
         if timeout_ns > 0 {
             return self.sendall_timed(bytes, flags, timeout_ns);
         }
@@ -1020,6 +1094,9 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn shutdown(&self, how: i32) -> Result<()> {
+        if how != libc::SHUT_RD {
+            self.send_behind_queue(0)?;
+        }
         sys::check(sys::shutdown(self.0.fd, how)).map(drop)
     }
 
@@ -1434,7 +1511,9 @@ impl Socket {
             proto: 0,
             timeout_ns: AtomicI64::new(BLOCKING),
             has_option_timeouts: AtomicBool::new(false),
+            receives: AtomicBool::new(false),
             files: file::Files::new(),
+            queue: OnceLock::new(),
             inflight: InFlight::new(),
         }))
     }
@@ -1476,9 +1555,9 @@ impl io::Write for &Socket {
         Ok(self.sendall(bytes)?)
     }
 
-    /// Does nothing: nothing is buffered.
+    /// Waits until what [`sendall_later`](Socket::sendall_later) has queued is sent. Nothing else is buffered.
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        Ok(self.send_behind_queue(0)?)
     }
 }
 
@@ -1498,7 +1577,7 @@ impl io::Write for Socket {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        io::Write::flush(&mut &*self)
     }
 }
 

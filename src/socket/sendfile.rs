@@ -92,6 +92,7 @@ impl Socket {
             let text = "non-blocking sockets are not supported";
             return Err(Error::Value(text.into()));
         }
+        self.send_behind_queue(0)?;
         let mut transfer = Transfer {
             file: file.as_fd().as_raw_fd(),
             offset,

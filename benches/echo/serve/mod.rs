@@ -50,6 +50,8 @@ enum Contender {
     Threads(ListenArgs),
     /// The crate: a fiber for each connection, one worker.
     Ringsock(ringsock::RingsockArgs),
+    /// The crate, receiving into buffers of the worker's pool.
+    RingsockLease(ListenArgs),
     /// The crate without fibers: a thread for each connection.
     RingsockThread(ListenArgs),
     /// An echo that goes wrong, to test what judges the others.
@@ -65,6 +67,7 @@ pub fn serve(args: ServeArgs) -> ExitCode {
         Contender::Epoll(args) => epoll::serve(&args),
         Contender::Threads(args) => threads::serve(&args),
         Contender::Ringsock(args) => ringsock::serve(args),
+        Contender::RingsockLease(args) => ringsock::serve_leases(args),
         Contender::RingsockThread(args) => ringsock::serve_threads(args),
         Contender::Corrupt(args) => corrupt::serve(&args),
     };

@@ -34,8 +34,16 @@ pub fn serve(args: RingsockArgs) -> io::Result<()> {
         (Some(_), Some(_)) => Err(cannot("no fan-out of datagrams")),
         (Some(_), None) => datagrams(&args),
         (None, Some(size)) => fanout(&args, size),
-        (None, None) => streams(args),
+        (None, None) => serve_streams(args, echo_into),
     });
+    served.map_err(io::Error::from).and_then(|served| served)
+}
+
+/// As [`serve`], each receive into a buffer of the worker's pool.
+pub fn serve_leases(args: ListenArgs) -> io::Result<()> {
+    args.streams_only()?;
+    let runtime = Runtime::builder().buffers(64, args.buffer.max(65_536) as usize);
+    let served = runtime.run(move || serve_streams(args, echo_leases));
     served.map_err(io::Error::from).and_then(|served| served)
 }
 
@@ -76,13 +84,37 @@ fn echo(conn: &Socket, buffer: &mut [u8]) -> ringsock::Result<()> {
     }
 }
 
+/// The same with leases.
+fn echo_leases(conn: &Socket, buffer_bytes: usize) -> ringsock::Result<()> {
+    loop {
+        let data = conn.recv(buffer_bytes)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        conn.sendall(&data)?;
+    }
+}
+
+/// The same with a buffer of the connection's own.
+fn echo_into(conn: &Socket, buffer_bytes: usize) -> ringsock::Result<()> {
+    if buffer_bytes <= 4096 {
+        // On the fiber's own stack, as one would write it for a thread.
+        echo(conn, &mut [0; 4096][..buffer_bytes])
+    } else {
+        echo(conn, &mut vec![0; buffer_bytes])
+    }
+}
+
 fn announce(address: &Address) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "listening on {address}")?;
     out.flush()
 }
 
-fn streams(args: ListenArgs) -> io::Result<()> {
+fn serve_streams(
+    args: ListenArgs,
+    echo: fn(&Socket, usize) -> ringsock::Result<()>,
+) -> io::Result<()> {
     if let Some(path) = &args.unix {
         let _ = std::fs::remove_file(path);
     }
@@ -90,13 +122,7 @@ fn streams(args: ListenArgs) -> io::Result<()> {
     let bind = args.bind;
     let handler = move |conn: Socket, _peer: Address| {
         prepare(&conn, &args)?;
-        let buffer_bytes = args.buffer as usize;
-        if buffer_bytes <= 4096 {
-            // On the fiber's own stack, as one would write it for a thread.
-            echo(&conn, &mut [0; 4096][..buffer_bytes])
-        } else {
-            echo(&conn, &mut vec![0; buffer_bytes])
-        }
+        echo(&conn, args.buffer as usize)
     };
     let server = match unix {
         Some(path) => ringsock::serve(path.as_path(), handler)?,
