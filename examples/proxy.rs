@@ -24,8 +24,8 @@ use ringsock::prelude::*;
 use ringsock::signal::{SIGINT, SIGTERM, Signals};
 use ringsock::{
     CreateServer, Handle, JoinHandle, Receiver, RelayEnd, RelayMode, RelayOptions, RelaySide,
-    Relayed, Runtime, Sender, channel, create_connection, create_server_with, relay, sleep,
-    wait_readable,
+    Relayed, Runtime, Sender, UnixAddr, channel, create_connection, create_server_with, relay,
+    sleep, wait_readable,
 };
 
 use common::{about, remove_stale, seconds};
@@ -183,7 +183,7 @@ impl Endpoint {
     fn connect(&self) -> ringsock::Result<Socket> {
         match self {
             Endpoint::Host(host, port) => create_connection((host.as_str(), *port)),
-            Endpoint::Unix(path) => create_connection(path.as_path()),
+            Endpoint::Unix(path) => create_connection(Address::Unix(UnixAddr::Path(path.clone()))),
         }
     }
 }
