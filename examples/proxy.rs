@@ -49,6 +49,9 @@ const DOWN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(
 /// How long a taken address is tried again: a killed process's listener goes some milliseconds after it.
 const RESTART: Duration = Duration::from_secs(1);
 
+/// How long a client whose upstream broke may take to read what the upstream had sent, at the most.
+const LINGER: f64 = 2.0;
+
 /// Lines of the log that may wait to be written. More are dropped: a standard error that nobody reads holds up nothing.
 const LOG_LINES: usize = 1024;
 
@@ -408,6 +411,13 @@ impl Proxy {
         }
         let relayed = relay(client, &upstream, &self.options)?;
         self.stats.add(&relayed);
+        if let RelayEnd::Failed {
+            side: RelaySide::B, ..
+        } = relayed.ended
+        {
+            drop(upstream);
+            linger(client);
+        }
         let why = match &relayed.ended {
             RelayEnd::Closed => return Ok(()),
             RelayEnd::IdleTimeout | RelayEnd::Deadline => "nothing moved for too long".to_owned(),
@@ -426,6 +436,16 @@ impl Proxy {
         ));
         Ok(())
     }
+}
+
+/// Lets the client read its last bytes. Closing while some of the client's are unread would be a reset, which destroys what is on its
+/// way to the client.
+fn linger(client: &Socket) {
+    let _ = ringsock::timeout(LINGER, || {
+        client.shutdown(SHUT_WR)?;
+        while client.recv_into(&mut [0; 4096])? > 0 {}
+        Ok(())
+    });
 }
 
 /// A client in the log.

@@ -6,6 +6,7 @@ mod support;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -661,6 +662,51 @@ fn a_wrong_command_line_is_refused() {
         &format!("proxy: [Errno 98] Address already in use: {address}"),
     );
     drop(taken);
+}
+
+#[test]
+fn an_answer_that_comes_before_the_question_is_read_arrives_whole() {
+    let (listener, endpoint) = listen();
+    let proxy = Proxy::start(Family::V4, &[&endpoint], &[]);
+    let answer = Random::new(seed()).bytes(MIB);
+    let sent = answer.clone();
+    let upstream = thread::spawn(move || {
+        for _ in 0..5 {
+            let (mut upstream, _) = listener.accept().unwrap();
+            upstream.read_exact(&mut [0; 1]).unwrap();
+            upstream.write_all(&sent).unwrap();
+            eventually("all has reached the proxy's machine", || {
+                let mut unsent: libc::c_int = -1;
+                // SAFETY: the kernel writes one int, which lives through the call.
+                unsafe { libc::ioctl(upstream.as_raw_fd(), libc::TIOCOUTQ, &mut unsent) };
+                unsent == 0
+            });
+            // Unread bytes make it a reset.
+            drop(upstream);
+        }
+    });
+    for _ in 0..5 {
+        let client = proxy.connect();
+        thread::scope(|scope| {
+            // An upload that goes on until nobody takes it.
+            scope.spawn(|| while { &client }.write(&[1; 65536]).is_ok() {});
+            let mut got = vec![0; MIB];
+            let mut read = 0;
+            while read < MIB {
+                // A slow reader.
+                let end = MIB.min(read + 50_000);
+                match { &client }.read(&mut got[read..end]) {
+                    Ok(0) | Err(_) => break,
+                    Ok(n) => read += n,
+                }
+            }
+            assert_eq!(read, MIB);
+            assert!(got == answer, "another answer came");
+            let _ = client.half_close();
+        });
+    }
+    upstream.join().unwrap();
+    proxy.stop();
 }
 
 // Real peers.

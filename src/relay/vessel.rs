@@ -68,7 +68,8 @@ impl Vessels {
         if self.pipes_made.get() >= PIPES_MAX {
             return None;
         }
-        let (reader, writer) = sys::pipe(bytes).ok()?;
+        // A pipe counts pieces, each a page at the most: what arrives in smaller ones finds room as well.
+        let (reader, writer) = sys::pipe(4 * bytes).ok()?;
         self.pipes_made.set(self.pipes_made.get() + 1);
         Some(Pipe {
             reader,
