@@ -466,6 +466,36 @@ fn what_a_side_sent_before_it_broke_is_passed_on() {
     });
 }
 
+#[test]
+fn a_side_that_reads_no_more_is_still_heard_to_the_end() {
+    checked(|| {
+        for mode in MODES {
+            let (mut client, a) = connection(Kind::Unix).unwrap();
+            let (mut server, b) = connection(Kind::Unix).unwrap();
+            let options = RelayOptions {
+                mode,
+                ..Default::default()
+            };
+            // More than the client's socket holds, so a part is still the relay's, or at the server, when the relay hears EPIPE.
+            const ANSWER: usize = 400_000;
+            let (relayed, got) = with_relay(a, b, options, move || {
+                server.write_all(&[2; ANSWER]).unwrap();
+                server.shutdown(Shutdown::Read).unwrap();
+                client.write_all(b"for nobody").unwrap();
+                thread::sleep(Duration::from_millis(100));
+                let mut got = Vec::new();
+                let _ = client.read_to_end(&mut got);
+                drop(server);
+                got.len()
+            });
+            assert_eq!(got, ANSWER, "{mode:?}: {relayed:?}");
+            assert_eq!(relayed.b_to_a, ANSWER as u64);
+            assert_eq!(relayed.ended, failed(RelaySide::B, libc::EPIPE));
+            assert_eq!(relayed.stranded, 10);
+        }
+    });
+}
+
 /// How long a relay of two silent connections takes to end, and how it does.
 fn silent(options: RelayOptions) -> (Relayed, Duration) {
     let (_client, a) = tcp();
