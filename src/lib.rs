@@ -18,6 +18,7 @@ mod fiber;
 mod from_python {}
 mod log;
 mod metrics;
+mod relay;
 mod resolve;
 mod runtime;
 pub mod signal;
@@ -44,6 +45,7 @@ pub use fiber::thread::calls_without_ring;
 pub use fiber::{sleep, timeout, yield_now};
 pub use log::set_log_hook;
 pub use metrics::Metrics;
+pub use relay::{RelayEnd, RelayMode, RelayOptions, RelaySide, Relayed, relay};
 pub use resolve::{
     AddrInfo, Service, getaddrinfo, getaddrinfo_with, getfqdn, gethostbyaddr, gethostbyname,
     gethostbyname_ex, gethostname, getnameinfo, getprotobyname, getservbyname, getservbyport,

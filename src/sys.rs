@@ -299,6 +299,39 @@ pub(crate) fn sendfile(out: RawFd, file: RawFd, offset: i64, len: usize) -> i32 
     })
 }
 
+/// A pipe for [`splice_in`] and [`splice_out`], which holds `bytes` (more where the kernel rounds up, less where it refuses):
+/// where to read and where to write. Neither end ever waits.
+pub(crate) fn pipe(bytes: usize) -> Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [-1; 2];
+    // SAFETY: the kernel writes two descriptors into the array of two.
+    check(result(unsafe {
+        libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK)
+    }))?;
+    let (reader, writer) = (own(fds[0]), own(fds[1]));
+    // Where the user's pipes hold much already the kernel refuses, and the pipe stays as it is.
+    // SAFETY: no memory is passed.
+    unsafe { libc::fcntl(fds[1], libc::F_SETPIPE_SZ, bytes as libc::c_int) };
+    Ok((reader, writer))
+}
+
+/// splice(2) of at most `len` bytes from a socket into a pipe. Only `O_NONBLOCK` keeps it from waiting for the socket.
+pub(crate) fn splice_in(socket: RawFd, pipe: RawFd, len: usize) -> i32 {
+    splice(socket, pipe, len)
+}
+
+/// splice(2) of at most `len` bytes from a pipe into a socket. It raises no SIGPIPE: the kernel would, for it takes no flags for
+/// the socket here. Only `O_NONBLOCK` keeps it from waiting for the socket.
+pub(crate) fn splice_out(pipe: RawFd, socket: RawFd, len: usize) -> i32 {
+    without_sigpipe(|| splice(pipe, socket, len))
+}
+
+fn splice(from: RawFd, to: RawFd, len: usize) -> i32 {
+    let none = std::ptr::null_mut();
+    let flags = libc::SPLICE_F_MOVE | libc::SPLICE_F_NONBLOCK;
+    // SAFETY: no memory is passed: the offsets are null, as they must be for pipes and sockets.
+    count(unsafe { libc::splice(from, none, to, none, len.min(TRANSFER_BYTES_MAX), flags) })
+}
+
 /// Makes a call under which this thread gets no SIGPIPE, whatever the process does about that signal.
 fn without_sigpipe(call: impl FnOnce() -> i32) -> i32 {
     // SAFETY: all sets are locals that live through the calls and are filled by sigemptyset, pthread_sigmask or sigpending.
@@ -306,10 +339,14 @@ fn without_sigpipe(call: impl FnOnce() -> i32) -> i32 {
         let mut sigpipe: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut sigpipe);
         libc::sigaddset(&mut sigpipe, libc::SIGPIPE);
-        let mut pending: libc::sigset_t = std::mem::zeroed();
-        libc::sigpending(&mut pending);
         let mut before: libc::sigset_t = std::mem::zeroed();
         libc::pthread_sigmask(libc::SIG_BLOCK, &sigpipe, &mut before);
+        // One that was pending before is not ours; it can be only where the signal was blocked already.
+        let mut pending: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut pending);
+        if libc::sigismember(&before, libc::SIGPIPE) == 1 {
+            libc::sigpending(&mut pending);
+        }
         let result = call();
         if result == -libc::EPIPE && libc::sigismember(&pending, libc::SIGPIPE) == 0 {
             // Ours: taken off before it can be delivered.

@@ -149,7 +149,7 @@ fn prepare(conn: &Socket, timeout: f64) -> ringsock::Result<()> {
 }
 
 /// Removes a socket that nobody listens on any more; anything else stays, and bind reports it.
-fn remove_stale(path: &Path) {
+pub fn remove_stale(path: &Path) {
     use std::os::unix::fs::FileTypeExt;
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {

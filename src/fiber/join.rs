@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::fellow::Fellow;
 use super::park::{Parking, Waker};
 use super::remote::{Control, Remote};
 use super::scheduler::{Worker, no_room};
@@ -273,6 +274,14 @@ impl<T> JoinHandle<T> {
                 // A worker that has ended has no fibers.
                 _ => drop(self.remote.send(Control::CancelFiber { slot, id })),
             }
+        }
+    }
+
+    /// The fiber's name for the others of its worker. It was made on the calling fiber's worker.
+    pub(crate) fn fellow(&self) -> Fellow {
+        Fellow {
+            slot: self.packet.slot.load(Ordering::Relaxed),
+            id: self.packet.id.load(Ordering::Relaxed),
         }
     }
 

@@ -37,6 +37,7 @@
 
 mod atomics;
 pub(crate) mod blocking;
+pub(crate) mod fellow;
 pub(crate) mod inflight;
 pub(crate) mod join;
 pub(crate) mod overflow;
@@ -944,6 +945,18 @@ fn yield_fiber(worker: &Worker, fiber: FiberRef) {
     }
     worker.make_ready(fiber);
     fiber.switch_out();
+}
+
+/// In a fiber that finds more to do than is fair: lets the others go first. 0, or one of [`outcome`] if the fiber was interrupted.
+pub(crate) fn give_way() -> i32 {
+    let Some((worker, fiber)) = current() else {
+        return 0;
+    };
+    if let Some(code) = interrupted(worker, fiber) {
+        return code;
+    }
+    yield_fiber(worker, fiber);
+    0
 }
 
 /// Waits for a wake of `key`; see [`park::Parking`]. `Cancelled` stands for every interruption: what it was, and the unwinding,

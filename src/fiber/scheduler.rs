@@ -412,10 +412,14 @@ impl Worker {
         }
     }
 
+    /// Who has `slot`.
+    pub(super) fn waiter(&self, slot: u32) -> Option<Waiter> {
+        self.driver.with(|driver| driver.slots().waiter(slot))
+    }
+
     /// Cancels the fiber `id` if it still lives in `slot`.
     pub(super) fn cancel_fiber(&self, slot: u32, id: u64) {
-        let waiter = self.driver.with(|driver| driver.slots().waiter(slot));
-        if let Some(waiter) = waiter {
+        if let Some(waiter) = self.waiter(slot) {
             let fiber = FiberRef::from_waiter(waiter);
             if fiber.id == id {
                 self.interrupt(fiber, interrupt::CANCEL);

@@ -1387,6 +1387,27 @@ impl Socket {
         self.0.timeout_ns.load(Ordering::Relaxed)
     }
 
+    /// The operations under way through this socket.
+    pub(crate) fn inflight(&self) -> &InFlight {
+        &self.0.inflight
+    }
+
+    /// Sets `O_NONBLOCK` in any mode, for calls that only it keeps from waiting, until [`unforce_nonblocking`]. Operations on the
+    /// ring do not mind.
+    ///
+    /// [`unforce_nonblocking`]: Socket::unforce_nonblocking
+    pub(crate) fn force_nonblocking(&self) {
+        // A closed socket has no flags any more, and whatever is tried next says so.
+        let force = || sys::set_nonblocking(self.0.fd, true);
+        self.0.inflight.exclusively(force);
+    }
+
+    /// Lets `O_NONBLOCK` follow the mode again, as it is by now.
+    pub(crate) fn unforce_nonblocking(&self) {
+        let follow = || sys::set_nonblocking(self.0.fd, self.timeout_ns() >= NON_BLOCKING);
+        self.0.inflight.exclusively(follow);
+    }
+
     fn check_open(&self) -> Result<()> {
         if self.0.inflight.is_closed() {
             return Err(Error::from_errno(libc::EBADF));
