@@ -91,7 +91,7 @@ pub struct Paced {
 
 impl Run {
     pub fn write(&self, path: &Path) -> io::Result<()> {
-        let text = serde_json::to_string_pretty(self).map_err(io::Error::other)?;
+        let text = serde_json::to_string(self).map_err(io::Error::other)?;
         fs::write(path, text + "\n")
     }
 
