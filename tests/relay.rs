@@ -430,7 +430,8 @@ fn what_a_side_sent_before_it_broke_is_passed_on() {
                 mode,
                 ..Default::default()
             };
-            const ANSWER: usize = 150_000;
+            // It fits into the relay's receive buffer: the reset destroys what is still in the server's.
+            const ANSWER: usize = 50_000;
             // An answer before the question is read, and an end: the unread question makes it a reset.
             client.write_all(&[1; 50_000]).unwrap();
             server.write_all(&[2; ANSWER]).unwrap();
