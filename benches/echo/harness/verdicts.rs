@@ -3,7 +3,7 @@
 use std::io;
 
 use super::cells::{Cell, Family, Kind, Lineup};
-use super::contenders::{AGAIN, EPOLLS, LIMITS, OURS};
+use super::contenders::{AGAIN, EPOLLS, LIMITS, OUR_LEASES, OURS};
 use super::json::{CellResult, ContenderResult, Run};
 use super::stats::{self, Ratio, Tolerance, Verdict, judge, median, minimum};
 
@@ -218,7 +218,8 @@ fn rivals(run: &Run) -> Vec<String> {
     let mut names = main_names(run);
     names.retain(|name| {
         let name = name.as_str();
-        name != OURS && name != AGAIN && !EPOLLS.contains(&name) && !LIMITS.contains(&name)
+        let ours = name == OURS || name == OUR_LEASES;
+        !ours && name != AGAIN && !EPOLLS.contains(&name) && !LIMITS.contains(&name)
     });
     names
 }
