@@ -48,11 +48,8 @@ struct CommandLine {
     #[arg(long, value_name = "SECONDS", value_parser = positive_seconds)]
     timeout: Option<Duration>,
     /// Send each message of the first connection that sends to all other connections, instead of echoing.
-    #[arg(long, requires = "size")]
-    fanout: bool,
-    /// Bytes of a message of --fanout.
-    #[arg(long, value_name = "BYTES", requires = "fanout", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
-    size: Option<u32>,
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    fanout: Option<u32>,
 }
 
 #[derive(Args)]
@@ -93,10 +90,10 @@ pub fn options() -> &'static Options {
         (_, Some(address)) => Address::Udp(address),
         _ => Address::Tcp(line.target.bind),
     };
-    if line.fanout && matches!(address, Address::Udp(_)) {
+    if line.fanout.is_some() && matches!(address, Address::Udp(_)) {
         cannot("a fan-out goes over connections, which UDP has none of");
     }
-    if line.fanout && line.timeout.is_some() {
+    if line.fanout.is_some() && line.timeout.is_some() {
         cannot("a subscriber of a fan-out sends nothing, so that a timeout would close it");
     }
     if let Address::Unix(path) = &address
@@ -107,7 +104,7 @@ pub fn options() -> &'static Options {
     }
     // Where it cannot be raised, the limit that is there has to do.
     let _ = rlimit::increase_nofile_limit(u64::MAX);
-    let fanout = line.size.filter(|_| line.fanout).map(|size| size as usize);
+    let fanout = line.fanout.map(|bytes| bytes as usize);
     Box::leak(Box::new(Options {
         address,
         buffer: line.buffer as usize,

@@ -514,7 +514,7 @@ fn a_wrong_command_line_is_refused_with_status_2() {
 fn what_cannot_be_done_is_said_in_one_line_with_status_2() {
     for peer in &PEERS {
         for impossible in [&["--udp", "127.0.0.1:0"][..], &["--timeout", "1"]] {
-            let output = run(peer, &[impossible, &["--fanout", "--size", "64"]].concat());
+            let output = run(peer, &[impossible, &["--fanout", "64"]].concat());
             assert_eq!(output.status.code(), Some(2), "{} {impossible:?}", peer.0);
             let error = String::from_utf8(output.stderr).expect("the reason is text");
             assert!(
@@ -528,7 +528,7 @@ fn what_cannot_be_done_is_said_in_one_line_with_status_2() {
 
 #[test]
 fn a_fanout_sends_each_message_of_the_first_to_send_to_all_others() {
-    Server::each_stream(&["--fanout", "--size", "1000"], |server| {
+    Server::each_stream(&["--fanout", "1000"], |server| {
         let before = server.open_files();
         let mut subscribers: Vec<Stream> = (0..100).map(|_| server.connect()).collect();
         // Connections are taken in as they came, so all the others take part before this one sends.
