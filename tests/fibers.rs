@@ -1258,3 +1258,22 @@ fn a_crowd_goes_through_the_ring_unless_that_would_take_timers() {
         "operations an echo: {few} of 20 pairs, {many} of 200, {timed} of 200 with a timeout"
     );
 }
+
+#[test]
+fn a_receive_that_fails_at_once_does_so_however_little_its_fiber_received_before() {
+    run(|| {
+        let (left, right) = socketpair().unwrap();
+        right.settimeout(0.001).unwrap();
+        let listener = Socket::new(AF_INET, SOCK_STREAM, 0).unwrap();
+        listener.bind(("127.0.0.1", 0)).unwrap();
+        listener.listen(1).unwrap();
+        listener.settimeout(10).unwrap();
+        // After each of these the fiber expects less.
+        for _ in 0..5 {
+            assert_eq!(right.recv_into(&mut [0; 8]), Err(Error::Timeout));
+            let received = listener.recv_into(&mut [0; 8]);
+            assert_eq!(received.unwrap_err().errno(), Some(libc::ENOTCONN));
+        }
+        drop(left);
+    });
+}

@@ -554,13 +554,16 @@ pub(crate) fn attempt_directly(op: &mut Op<'_>, timed: bool) -> Option<i32> {
 /// A worker with much to do comes round so late that its peers have answered: then the plain call saves the operation, its
 /// timer (550 ns in the kernel, by itself) and its completion. A worker with little to do would try in vain, so each fiber learns
 /// from its own tries. After a try in vain, or none, the ring waits without looking (again), which pays for half of it. In a
-/// crowd the ring is better, unless the receive is timed.
+/// crowd the ring is better, unless the receive is timed. (Only a socket that `receives` can go without a look: another, say one
+/// that listens, fails at once, but may not be ready for long.)
 #[inline(always)]
-pub(crate) fn attempt_in_turn(op: &mut Op<'_>, timed: bool) -> Option<i32> {
+pub(crate) fn attempt_in_turn(op: &mut Op<'_>, timed: bool, receives: bool) -> Option<i32> {
     let turn = match await_turn(timed) {
         Ok(turn) => turn,
         Err(NoTurn::Hopeless) => {
-            op.found_nothing();
+            if receives {
+                op.found_nothing();
+            }
             return None;
         }
         Err(NoTurn::Unwanted) => return None,

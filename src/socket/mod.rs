@@ -364,6 +364,7 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn listen(&self, backlog: i32) -> Result<()> {
+        self.0.receives.store(false, Ordering::Relaxed);
         sys::check(sys::listen(self.0.fd, backlog.max(0))).map(drop)
     }
 
@@ -835,16 +836,26 @@ impl Socket {
         }
         // A plain call would be satisfied with less than MSG_WAITALL asks for.
         if flags & libc::MSG_WAITALL == 0
-            && let Some(code) = fiber::attempt_in_turn(&mut op, timeout_ns >= 0)
+            && let Some(code) = self.attempt_in_turn(&mut op, timeout_ns)
         {
             return transferred(code);
         }
         transferred(self.receive_later(&mut op, timeout_ns))
     }
 
+    #[inline(always)]
+    fn attempt_in_turn(&self, op: &mut Op<'_>, timeout_ns: i64) -> Option<i32> {
+        let receives = self.0.receives.load(Ordering::Relaxed);
+        fiber::attempt_in_turn(op, timeout_ns >= 0, receives)
+    }
+
     #[inline(never)]
     fn receive_later(&self, op: &mut Op<'_>, timeout_ns: i64) -> i32 {
-        self.wait(op, Direction::In, timeout_ns)
+        let code = self.wait(op, Direction::In, timeout_ns);
+        if code > 0 {
+            self.0.receives.store(true, Ordering::Relaxed);
+        }
+        code
     }
 
     // Sending.
