@@ -34,12 +34,10 @@ use crate::fiber::{self, sleep, yield_now};
 use crate::log::log;
 use crate::metrics::{Counts, Metrics};
 use crate::socket::Socket;
+use crate::socket::back_off::BackOff;
 
 /// How many connections may wait for `serve` to accept them.
 const SERVE_BACKLOG: i32 = 1024;
-
-/// How long `serve` waits before it accepts again when it is out of descriptors or memory: first, and at most.
-const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
 
 thread_local! {
     /// The runtime of this thread, if it is a worker.
@@ -852,11 +850,11 @@ where
         let handler = handler.clone();
         fiber::join::spawn_when_possible(move || drop(handler(conn, peer)))
     };
-    let mut back_off = Duration::ZERO;
+    let mut back_off = BackOff::default();
     loop {
         let error = match listener.accept().and_then(&start) {
             Ok(()) => {
-                back_off = Duration::ZERO;
+                back_off = BackOff::default();
                 continue;
             }
             Err(error) => error,
@@ -874,11 +872,11 @@ where
             // Out of descriptors, out of memory, or something that only time can help.
             _ => {}
         }
-        if back_off.is_zero() {
+        if back_off.wait().is_zero() {
             report_shortage(&error);
         }
-        back_off = (back_off * 2).clamp(BACK_OFF.0, BACK_OFF.1);
-        if sleep(back_off).is_err() {
+        back_off.grow();
+        if sleep(back_off.wait()).is_err() {
             break;
         }
     }

@@ -1,8 +1,8 @@
 //! Threads for calls that block whatever runs them: files, name lookups, long computations, other people's libraries.
 //!
-//! One pool serves the process's calls, another one its name lookups ([`Settings`]). A pool's queue is a [`channel`], which gives a job straight to a thread that waits for one: a job left in
-//! the buffer found all threads busy, and starts another up to the limit. A thread that waits too long for a job ends. The threads
-//! are detached: nothing waits for them when the process ends.
+//! One pool serves the process's calls, another one its name lookups ([`Settings`]). A pool's queue is a [`channel`], which gives a
+//! job straight to a thread that waits for one: a job left in the buffer found all threads busy, and starts another up to the
+//! limit. A thread that waits too long for a job ends. The threads are detached: nothing waits for them when the process ends.
 //!
 //! ```text
 //!  caller: send the job (waits while full) ──▶ lock; jobs in the buffer, and threads < limit? start one

@@ -14,6 +14,7 @@ use std::marker::PhantomData;
 use std::time::Duration;
 
 use super::Socket;
+use super::back_off::BackOff;
 use crate::address::Address;
 use crate::buf::Buf;
 use crate::error::{Error, Result};
@@ -21,9 +22,6 @@ use crate::fiber;
 
 /// Bytes of a chunk where no receive buffers are lent.
 const CHUNK_BYTES: usize = 64 * 1024;
-
-/// How long to wait before accepting again when descriptors or memory ran out: first, and at most.
-const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
 
 /// The bytes of a stream in chunks, as they arrive: see [`Socket::chunks`].
 pub struct Chunks<'a> {
@@ -37,7 +35,7 @@ pub struct Chunks<'a> {
 pub struct Incoming<'a> {
     socket: &'a Socket,
     ended: bool,
-    back_off: Duration,
+    back_off: BackOff,
     not_send: PhantomData<*const ()>,
 }
 
@@ -110,7 +108,7 @@ impl Socket {
         Incoming {
             socket: self,
             ended: false,
-            back_off: Duration::ZERO,
+            back_off: BackOff::default(),
             not_send: PhantomData,
         }
     }
@@ -151,18 +149,18 @@ impl Iterator for Incoming<'_> {
         if self.ended {
             return None;
         }
-        let paused = match self.back_off {
+        let paused = match self.back_off.wait() {
             Duration::ZERO => Ok(()),
             pause => fiber::sleep(pause),
         };
         let accepted = paused.and_then(|()| self.socket.accept());
         let errno = accepted.as_ref().err().and_then(Error::errno);
-        self.back_off = match errno {
+        match errno {
             Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-                (self.back_off * 2).clamp(BACK_OFF.0, BACK_OFF.1)
+                self.back_off.grow();
             }
-            _ => Duration::ZERO,
-        };
+            _ => self.back_off = BackOff::default(),
+        }
         self.ended = match errno {
             Some(errno) => matches!(
                 errno,

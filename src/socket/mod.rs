@@ -27,6 +27,7 @@
 //!
 //! What `close` does with calls that are under way is drawn in `fiber/inflight.rs`. This module knows no SQE and no CQE.
 
+pub(crate) mod back_off;
 mod convert;
 mod create;
 mod datagram;
