@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::fanout::Fanout;
-use super::{ListenArgs, Listening, TICKS, accept_again, accept_exhausted, cannot, epoll_udp};
+use super::{ListenArgs, Listening, TICKS, accept_again, accept_exhausted, cannot, epoll_udp, put};
 use crate::sys::{EVENTS, check, close, epoll_open, epoll_set, epoll_wait, errno, recv, send};
 
 /// Options of this server.
@@ -192,18 +192,13 @@ impl Epoll {
                     _ => Err(io::Error::from_raw_os_error(error)),
                 };
             }
-            let index = self.free.pop().unwrap_or(self.connections.len() as u32);
             let connection = EpollConn {
                 fd,
                 seen: self.tick,
                 pending: Vec::new(),
                 sent: 0,
             };
-            if index as usize == self.connections.len() {
-                self.connections.push(connection);
-            } else {
-                self.connections[index as usize] = connection;
-            }
+            let index = put(&mut self.connections, &mut self.free, connection);
             self.watch(libc::EPOLL_CTL_ADD, index, self.interest)?;
         }
     }

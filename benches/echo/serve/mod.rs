@@ -194,5 +194,31 @@ fn accept_exhausted(error: i32) -> bool {
     )
 }
 
+/// Whether a ring that accepts is to start again at once after this error (a positive error number), its accept going on by itself
+/// if there are `more`; an error if it never can.
+fn accepts_again(error: i32, more: bool) -> io::Result<bool> {
+    if more || accept_exhausted(error) {
+        Ok(false)
+    } else if accept_again(error) {
+        Ok(true)
+    } else {
+        Err(io::Error::from_raw_os_error(error))
+    }
+}
+
+/// Puts a connection where there is room: its index.
+fn put<T>(connections: &mut Vec<T>, free: &mut Vec<u32>, connection: T) -> u32 {
+    match free.pop() {
+        Some(index) => {
+            connections[index as usize] = connection;
+            index
+        }
+        None => {
+            connections.push(connection);
+            connections.len() as u32 - 1
+        }
+    }
+}
+
 /// Coarse time for idle connections: this many ticks make the timeout.
 const TICKS: u32 = 8;

@@ -9,7 +9,7 @@ use clap::Args;
 use io_uring::{cqueue, opcode, types};
 
 use super::ring::{ACCEPT, KIND, RECV, Ring, RingArgs, SEND, SEND_FLAGS};
-use super::{ListenArgs, Listening, accept_again, accept_exhausted, cannot};
+use super::{ListenArgs, Listening, accepts_again, cannot, put};
 use crate::sys::{close, recv_now, send_now};
 
 /// Options of this server.
@@ -84,26 +84,18 @@ impl Server {
 
     fn accept(&mut self) -> io::Result<()> {
         self.accepting = true;
-        let entry = opcode::AcceptMulti::new(types::Fd(self.listening.fd))
-            .flags(libc::SOCK_CLOEXEC)
-            .build()
-            .user_data(ACCEPT);
-        self.ring.push(entry)
+        self.ring.accept(self.listening.fd, false)
     }
 
     #[cold]
     fn accepted(&mut self, result: i32, more: bool) -> io::Result<()> {
         self.accepting = more;
         if result < 0 {
-            return if more || accept_exhausted(-result) {
-                Ok(()) // accepting goes on when a connection closes
-            } else if accept_again(-result) {
-                self.accept()
-            } else {
-                Err(io::Error::from_raw_os_error(-result))
+            return match accepts_again(-result, more)? {
+                true => self.accept(),
+                false => Ok(()), // accepting goes on when a connection closes
             };
         }
-        let index = self.free.pop().unwrap_or(self.connections.len() as u32);
         let connection = Connection {
             fd: result,
             polling: false,
@@ -112,11 +104,7 @@ impl Server {
             ready: false,
             ending: false,
         };
-        if index as usize == self.connections.len() {
-            self.connections.push(connection);
-        } else {
-            self.connections[index as usize] = connection;
-        }
+        let index = put(&mut self.connections, &mut self.free, connection);
         self.poll(index)?;
         if !more {
             self.accept()?;

@@ -13,7 +13,7 @@ use super::buffers::{Buffers, GROUP};
 use super::ring::{
     ACCEPT, DIRECT_FILES, KIND, RECV, Ring, RingArgs, SEND, SEND_FLAGS, TIMER, When,
 };
-use super::{ListenArgs, Listening, TICKS, accept_again, accept_exhausted, cannot, raw_udp};
+use super::{ListenArgs, Listening, TICKS, accepts_again, cannot, put, raw_udp};
 use crate::sys::{close, send_now};
 
 /// Options of this server.
@@ -173,28 +173,18 @@ impl Multi {
 
     fn accept(&mut self) -> io::Result<()> {
         self.accepting = true;
-        let flags = if self.direct { 0 } else { libc::SOCK_CLOEXEC };
-        let entry = opcode::AcceptMulti::new(types::Fd(self.listening.fd))
-            .allocate_file_index(self.direct)
-            .flags(flags)
-            .build()
-            .user_data(ACCEPT);
-        self.ring.push(entry)
+        self.ring.accept(self.listening.fd, self.direct)
     }
 
     #[cold]
     fn accepted(&mut self, result: i32, more: bool) -> io::Result<()> {
         self.accepting = more;
         if result < 0 {
-            return if more || accept_exhausted(-result) {
-                Ok(()) // accepting goes on when a connection closes
-            } else if accept_again(-result) {
-                self.accept()
-            } else {
-                Err(io::Error::from_raw_os_error(-result))
+            return match accepts_again(-result, more)? {
+                true => self.accept(),
+                false => Ok(()), // accepting goes on when a connection closes
             };
         }
-        let index = self.free.pop().unwrap_or(self.connections.len() as u32);
         let connection = MultiConn {
             fd: result,
             sent: 0,
@@ -205,11 +195,7 @@ impl Multi {
             starved: false,
             ending: false,
         };
-        if index as usize == self.connections.len() {
-            self.connections.push(connection);
-        } else {
-            self.connections[index as usize] = connection;
-        }
+        let index = put(&mut self.connections, &mut self.free, connection);
         self.receive(index)?;
         if !more {
             self.accept()?;

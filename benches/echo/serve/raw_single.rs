@@ -16,9 +16,7 @@ use super::ring::{
     ACCEPT, DIRECT_FILES, KIND, RECV, RECVSEND_POLL_FIRST, Ring, RingArgs, SEND, SEND_FLAGS, TIMER,
     When,
 };
-use super::{
-    ListenArgs, Listening, TICKS, accept_again, accept_exhausted, cannot, positive_seconds,
-};
+use super::{ListenArgs, Listening, TICKS, accepts_again, cannot, positive_seconds};
 use crate::sys::{close, send_now};
 
 /// Options of this server.
@@ -212,25 +210,16 @@ impl<const LINKED: bool, const TIMING: u8, const FANOUT: bool> Server<LINKED, TI
 
     fn accept(&mut self) -> io::Result<()> {
         self.accepting = true;
-        let flags = if self.direct { 0 } else { libc::SOCK_CLOEXEC };
-        let entry = opcode::AcceptMulti::new(types::Fd(self.listening.fd))
-            .allocate_file_index(self.direct)
-            .flags(flags)
-            .build()
-            .user_data(ACCEPT);
-        self.ring.push(entry)
+        self.ring.accept(self.listening.fd, self.direct)
     }
 
     #[cold]
     fn accepted(&mut self, result: i32, more: bool) -> io::Result<()> {
         self.accepting = more;
         if result < 0 {
-            return if more || accept_exhausted(-result) {
-                Ok(()) // accepting goes on when a connection closes
-            } else if accept_again(-result) {
-                self.accept()
-            } else {
-                Err(io::Error::from_raw_os_error(-result))
+            return match accepts_again(-result, more)? {
+                true => self.accept(),
+                false => Ok(()), // accepting goes on when a connection closes
             };
         }
         let index = match self.free.pop() {

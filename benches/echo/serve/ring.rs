@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use clap::Args;
-use io_uring::{squeue, types};
+use io_uring::{opcode, squeue, types};
 
 use crate::sys::{check, other};
 
@@ -336,6 +336,17 @@ impl Ring {
         (self.sq_mask + 1).wrapping_sub(self.sq_tail.wrapping_sub(self.sq_taken))
     }
 
+    /// Queues an accept that goes on by itself, into descriptors of the ring's own if `direct`.
+    pub fn accept(&mut self, listener: RawFd, direct: bool) -> io::Result<()> {
+        let flags = if direct { 0 } else { libc::SOCK_CLOEXEC };
+        let entry = opcode::AcceptMulti::new(types::Fd(listener))
+            .allocate_file_index(direct)
+            .flags(flags)
+            .build()
+            .user_data(ACCEPT);
+        self.push(entry)
+    }
+
     /// Queues one entry, making room first if there is none.
     #[inline(always)]
     pub fn push(&mut self, entry: squeue::Entry) -> io::Result<()> {
@@ -429,9 +440,7 @@ impl When {
 /// A send is long from here on.
 const LONG_BYTES: i32 = 32 * 1024;
 
-// What a completion is about: the low bits of its user data. The rest is the
-
-// index of the connection.
+// What a completion is about: the low bits of its user data. The rest is the index of the connection.
 pub const RECV: u64 = 0;
 pub const SEND: u64 = 1;
 pub const ACCEPT: u64 = 2;
