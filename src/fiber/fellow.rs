@@ -1,6 +1,6 @@
 //! Ending what another fiber of this worker waits in, without cancelling that fiber.
 
-use super::{FiberRef, State, current, worker};
+use super::{State, current, worker};
 
 /// Names a fiber, for the others of its worker. It may outlive the fiber; only that worker's fibers may use it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,11 +25,9 @@ impl Fellow {
         let Some(worker) = worker() else {
             return;
         };
-        let Some(waiter) = worker.waiter(self.slot) else {
-            return;
-        };
-        let fiber = FiberRef::from_waiter(waiter);
-        if fiber.id == self.id && fiber.state.get() == State::InOperation {
+        if let Some(fiber) = worker.fiber(self.slot, self.id)
+            && fiber.state.get() == State::InOperation
+        {
             worker.cancel(fiber.key.get());
         }
     }

@@ -412,18 +412,17 @@ impl Worker {
         }
     }
 
-    /// Who has `slot`.
-    pub(super) fn waiter(&self, slot: u32) -> Option<Waiter> {
-        self.driver.with(|driver| driver.slots().waiter(slot))
+    /// The fiber `id`, if it still lives in `slot`.
+    pub(super) fn fiber(&self, slot: u32, id: u64) -> Option<FiberRef> {
+        let waiter = self.driver.with(|driver| driver.slots().waiter(slot))?;
+        let fiber = FiberRef::from_waiter(waiter);
+        (fiber.id == id).then_some(fiber)
     }
 
     /// Cancels the fiber `id` if it still lives in `slot`.
     pub(super) fn cancel_fiber(&self, slot: u32, id: u64) {
-        if let Some(waiter) = self.waiter(slot) {
-            let fiber = FiberRef::from_waiter(waiter);
-            if fiber.id == id {
-                self.interrupt(fiber, interrupt::CANCEL);
-            }
+        if let Some(fiber) = self.fiber(slot, id) {
+            self.interrupt(fiber, interrupt::CANCEL);
         }
     }
 
