@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -95,6 +96,16 @@ impl Process {
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// How many descriptors it has open. A worker that maps its first stacks has one of the process itself (a pidfd) for a moment;
+    /// that one does not count.
+    pub fn descriptors(&self) -> usize {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.pid()));
+        open.expect("a running process")
+            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+            .filter(|file| file.as_os_str() != "anon_inode:[pidfd]")
+            .count()
     }
 
     /// The next line of its standard output, without its end.
