@@ -10,7 +10,7 @@ use crate::driver::Counters;
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// A snapshot of one worker's counters, from [`Handle::metrics`](crate::Handle::metrics). All but `in_flight`,
-        /// `fibers_live` and `fibers_lost` only grow.
+        /// `fibers_live`, `fibers_lost` and `watches` only grow.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct Metrics {
@@ -64,6 +64,8 @@ counters! {
     fibers_lost,
     /// Operations and waits under way.
     in_flight,
+    /// Sockets with a standing poll.
+    watches,
 }
 
 impl Counts {
@@ -73,8 +75,7 @@ impl Counts {
         switches: u64,
         spawned: u64,
         live: usize,
-        in_flight: usize,
-        unknown: u64,
+        [in_flight, watches, unknown]: [u64; 3],
     ) {
         let put = |place: &AtomicU64, value: u64| place.store(value, Ordering::Relaxed);
         put(&self.operations, counters.operations);
@@ -90,7 +91,8 @@ impl Counts {
         put(&self.switches, switches);
         put(&self.fibers_spawned, spawned);
         put(&self.fibers_live, live as u64);
-        put(&self.in_flight, in_flight as u64);
+        put(&self.in_flight, in_flight);
+        put(&self.watches, watches);
     }
 
     pub(crate) fn lost(&self, fibers: usize) {

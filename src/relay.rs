@@ -52,6 +52,7 @@ use crate::error::{Error, Result};
 use crate::fiber::fellow::Fellow;
 use crate::fiber::inflight::Direction;
 use crate::fiber::join::{Builder, JoinError};
+use crate::fiber::watch::{self as standing, NoEvents};
 use crate::fiber::{self, error_from_outcome, outcome, park};
 use crate::runtime::Runtime;
 use crate::socket::Socket;
@@ -417,6 +418,26 @@ impl Pair {
         }
     }
 
+    /// Waits until there may be something to receive from a side, or until there is another reason to look: what its watch told;
+    /// `None` without one.
+    fn wait_to_receive(&self, side: usize, found_nothing: bool) -> Option<u32> {
+        if let Some(watched) = self.sockets[side].begin_watch_of_relay() {
+            if found_nothing {
+                watched.found_nothing();
+            }
+            match watched.events() {
+                Ok(events) => return Some(events),
+                Err(NoEvents::Ended(code)) => {
+                    self.wait_failed(side, code);
+                    return None;
+                }
+                Err(NoEvents::Unwatched) => {}
+            }
+        }
+        self.wait(side, Direction::In);
+        None
+    }
+
     /// Waits until a side is ready, or until there is another reason to look.
     fn wait(&self, side: usize, direction: Direction) {
         let socket = &self.sockets[side];
@@ -512,6 +533,8 @@ struct Way<'a> {
     to: RawFd,
     habit: Habit,
     can_splice: bool,
+    /// What the watch of the side it receives from told last; `None` without one.
+    told: Option<u32>,
 }
 
 impl<'a> Way<'a> {
@@ -527,6 +550,7 @@ impl<'a> Way<'a> {
                 contrary: 0,
             },
             can_splice: mode != RelayMode::Copy,
+            told: None,
         }
     }
 
@@ -542,7 +566,8 @@ impl<'a> Way<'a> {
             match round {
                 Round::Short | Round::Drained if is_going => {
                     calls = 0;
-                    self.pair.wait(self.way, Direction::In);
+                    let found_nothing = matches!(round, Round::Drained);
+                    self.told = self.pair.wait_to_receive(self.way, found_nothing);
                 }
                 Round::Drained => return,
                 Round::Short | Round::More => {
@@ -591,7 +616,8 @@ impl<'a> Way<'a> {
             return Round::Over;
         };
         let room = &mut buffer.spare_capacity_mut()[..limit];
-        let received = sys::recv(self.from, room, libc::MSG_DONTWAIT);
+        let socket = &self.pair.sockets[self.way];
+        let (received, is_whole) = socket.recv_told(room);
         let round = if received > 0 {
             let bytes = sys::received(room, received as usize);
             match self.send(bytes) {
@@ -600,10 +626,10 @@ impl<'a> Way<'a> {
                     if self.pair.limits.mode == RelayMode::Auto {
                         self.habit.saw(bytes.len());
                     }
-                    if bytes.len() == limit {
-                        Round::More
-                    } else {
+                    if is_whole && self.told_all() {
                         Round::Short
+                    } else {
+                        Round::More
                     }
                 }
             }
@@ -698,11 +724,22 @@ impl<'a> Way<'a> {
         if pair.limits.mode == RelayMode::Auto {
             self.habit.saw(bytes);
         }
-        if bytes < limit {
+        // A pipe may be full of small pieces, so only a call that finds nothing shows that there is none. A poll would show it too.
+        if bytes < limit && self.told.is_none() {
             Round::Short
         } else {
             Round::More
         }
+    }
+
+    /// After a receive: whether there would have been another event if there were more.
+    #[inline]
+    fn told_all(&self) -> bool {
+        let Some(events) = self.told else {
+            return true;
+        };
+        standing::found_untold(self.pair.sockets[self.way].inflight(), events);
+        !standing::is_divided(events)
     }
 
     #[inline]

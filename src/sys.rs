@@ -67,6 +67,22 @@ pub(crate) fn recv(fd: RawFd, buffer: &mut [MaybeUninit<u8>], flags: i32) -> i32
     count(received as isize)
 }
 
+/// recv(2) that also tells the flags of what was received.
+#[inline(always)]
+pub(crate) fn recv_with_flags(fd: RawFd, buffer: &mut [MaybeUninit<u8>], flags: i32) -> (i32, i32) {
+    let mut piece = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: all zeros is a header without address and control data.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &mut piece;
+    header.msg_iovlen = 1;
+    // SAFETY: the header names one piece, the exclusively borrowed buffer, which the kernel writes during the call only.
+    let received = unsafe { libc::syscall(libc::SYS_recvmsg, fd, &mut header, flags) };
+    (count(received as isize), header.msg_flags)
+}
+
 #[inline(always)]
 pub(crate) fn send(fd: RawFd, buffer: &[u8], flags: i32) -> i32 {
     // SAFETY: the kernel reads at most `len` bytes of the borrowed buffer, during the call only; no address is passed.

@@ -32,6 +32,7 @@ mod queues;
 pub(crate) mod scripted;
 pub(crate) mod slab;
 pub(crate) mod uring;
+pub(crate) mod watch;
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,13 +40,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(crate) use op::{Op, Timespec};
 pub(crate) use slab::{Completion, Key, Waiter};
 pub(crate) use uring::Full;
+pub(crate) use watch::{SECOND_LOOK, WatchId};
 
 use crate::error::Result;
 use crate::sys;
 use ::slab::Slab;
 use features::Features;
-use slab::{Slots, TAG_CANCEL, TAG_EVENTFD, TAG_LINKED, TAG_MESSAGE, TAG_RETRY, TAG_TIMER};
+use slab::{
+    Slots, TAG_CANCEL, TAG_EVENTFD, TAG_FIRST, TAG_LINKED, TAG_LOOK, TAG_MESSAGE, TAG_RETRY,
+    TAG_TIMER,
+};
 use uring::Uring;
+use watch::{WATCH_FIRST, Watches};
 
 /// The size of a ring.
 #[derive(Clone, Copy, Debug)]
@@ -135,6 +141,7 @@ impl Bell {
 /// One thread's driver.
 pub(crate) struct Driver {
     slots: Slots,
+    watches: Watches,
     counters: Counters,
     backend: Backend,
     /// The eventfd this driver watches.
@@ -149,6 +156,9 @@ pub(crate) struct Driver {
     missed: Vec<Key>,
     /// The tick that will ask is on its way.
     retry_armed: bool,
+    /// The timer of the next look at the waits for events is on its way, or has fired.
+    look_armed: bool,
+    look_due: bool,
     /// What `tick` lends to the kernel.
     tick: Box<Timespec>,
     /// The CQEs of linked timers are wanted (see `Config::awaits_timers`), and so many are on their way.
@@ -158,8 +168,14 @@ pub(crate) struct Driver {
     has_timed: bool,
 }
 
+/// Enters in a row that may be needed to have the kernel do what it deferred: each does some twenty pieces of it.
+const ENTERS_TO_SETTLE: u32 = 256;
+
 /// How long a cancel that missed waits before it is repeated.
 static CANCEL_RETRY: Timespec = Timespec::new().nsec(1_000_000);
+
+/// The time from one look at the waits for events to the next.
+static LOOK: Timespec = Timespec::new().nsec(100_000_000);
 
 // The large variant is the only one outside tests; a box would cost every operation a step.
 #[cfg_attr(test, expect(clippy::large_enum_variant))]
@@ -174,6 +190,7 @@ impl Driver {
     pub(crate) fn uring(config: Config) -> Result<Driver> {
         Ok(Driver {
             slots: Slots::new(),
+            watches: Watches::default(),
             counters: Counters::default(),
             backend: Backend::Uring(Uring::new(config)?),
             eventfd: None,
@@ -182,6 +199,8 @@ impl Driver {
             cancels: Slab::new(),
             missed: Vec::new(),
             retry_armed: false,
+            look_armed: false,
+            look_due: false,
             tick: Box::new(Timespec::new()),
             awaits_timers: config.awaits_timers,
             timers: 0,
@@ -194,6 +213,7 @@ impl Driver {
     pub(crate) fn scripted(script: scripted::Scripted) -> Driver {
         Driver {
             slots: Slots::new(),
+            watches: Watches::default(),
             counters: Counters::default(),
             backend: Backend::Scripted(script),
             eventfd: None,
@@ -202,6 +222,8 @@ impl Driver {
             cancels: Slab::new(),
             missed: Vec::new(),
             retry_armed: false,
+            look_armed: false,
+            look_due: false,
             tick: Box::new(Timespec::new()),
             awaits_timers: false,
             timers: 0,
@@ -368,6 +390,134 @@ impl Driver {
         }
     }
 
+    /// Begins to watch a descriptor for something to receive; `None` where the driver cannot, or not now.
+    pub(crate) fn watch(&mut self, fd: RawFd) -> Option<WatchId> {
+        match &mut self.backend {
+            Backend::Uring(uring) => {
+                let id = self.watches.begin()?;
+                if uring.prepare_watch(fd, id, &mut self.counters).is_err() {
+                    self.watches.abandon(id);
+                    return None;
+                }
+                Some(id)
+            }
+            #[cfg(test)]
+            Backend::Scripted(_) => None,
+        }
+    }
+
+    /// What a watch has told since the last time.
+    #[inline(always)]
+    pub(crate) fn take_events(&mut self, id: WatchId) -> u32 {
+        self.watches.take_events(id)
+    }
+
+    /// What a watch told is there still.
+    #[inline(always)]
+    pub(crate) fn keep_events(&mut self, id: WatchId, events: u32) {
+        self.watches.keep_events(id, events);
+    }
+
+    /// Starts a wait of the slot that ends with the watch's next event; `None` if another wait has the watch, or it has ended.
+    #[inline(always)]
+    pub(crate) fn wait_for_event(&mut self, id: WatchId, slot: u32) -> Option<Key> {
+        if !self.watches.is_armed(id) {
+            return None;
+        }
+        let key = self.slots.begin(slot);
+        if self.watches.attach(id, key) {
+            return Some(key);
+        }
+        self.slots.abandon(key);
+        None
+    }
+
+    /// Somebody has seen that there is nothing of what the watch tells of.
+    #[inline]
+    pub(crate) fn found_nothing(&mut self, id: WatchId) {
+        self.watches.found_nothing(id);
+    }
+
+    /// When it is time for a look: who is to look again. Mostly nobody.
+    #[inline(always)]
+    pub(crate) fn look(&mut self) -> Vec<Waiter> {
+        if !self.look_due {
+            return Vec::new();
+        }
+        self.look_again()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn look_again(&mut self) -> Vec<Waiter> {
+        self.look_due = false;
+        self.look_armed = false;
+        let ended = |key: Key| {
+            // One that ended otherwise has a fiber that has not come to say so.
+            self.slots.is_waiting(key).then_some(())?;
+            let ended = Completion { res: 0, flags: 0 };
+            self.slots.complete(key.0, ended).map(|(waiter, _)| waiter)
+        };
+        self.watches.look().into_iter().filter_map(ended).collect()
+    }
+
+    /// The wait `key` for an event has ended otherwise.
+    pub(crate) fn forgo_event(&mut self, id: WatchId, key: Key) {
+        self.watches.detach(id, key);
+    }
+
+    /// Ends a watch, at once where that is possible: whether it holds its file no longer.
+    pub(crate) fn end_watch(&mut self, id: WatchId) -> bool {
+        if !self.watches.begin_end(id) {
+            return true;
+        }
+        match &mut self.backend {
+            Backend::Uring(uring) => {
+                // A cancel by key cannot miss a poll: it is found wherever it stands, or has posted its last CQE. Each enter runs
+                // a part of what the kernel has deferred.
+                while uring
+                    .prepare_cancel(Key(id.0), TAG_TIMER, &mut self.counters)
+                    .is_err()
+                {
+                    uring.enter(false, &mut self.counters);
+                }
+                for _ in 0..ENTERS_TO_SETTLE {
+                    uring.enter(false, &mut self.counters);
+                    if uring.has_last(id.0) || !uring.has_deferred() {
+                        break;
+                    }
+                }
+                uring.has_last(id.0)
+            }
+            #[cfg(test)]
+            Backend::Scripted(_) => true,
+        }
+    }
+
+    /// How many watches there are.
+    pub(crate) fn watches(&self) -> usize {
+        self.watches.count()
+    }
+
+    /// Whether a watch that was ended, or its last CQE, is gone.
+    pub(crate) fn is_watch_gone(&mut self, id: WatchId) -> bool {
+        self.watches.is_gone(id)
+    }
+
+    /// Ends all watches, at the end of the driver: their files outlive it.
+    pub(crate) fn end_watches(&mut self) {
+        for id in self.watches.armed() {
+            self.end_watch(id);
+        }
+        for _ in 0..ENTERS_TO_SETTLE {
+            while self.next().is_some() {}
+            if !self.watches.any() {
+                return;
+            }
+            self.enter(false);
+        }
+    }
+
     /// Ends the watch of the eventfd, so that nothing of the ring is in flight any more.
     pub(crate) fn close_bell(&mut self) {
         if self.eventfd.take().is_some() {
@@ -415,6 +565,12 @@ impl Driver {
                         unsafe { uring.prepare_tick(&CANCEL_RETRY, TAG_RETRY, &mut self.counters) };
                     self.retry_armed = armed.is_ok();
                 }
+                if self.watches.wants_look() && !self.look_armed {
+                    // SAFETY: the duration is a static.
+                    #[allow(unsafe_code)]
+                    let armed = unsafe { uring.prepare_tick(&LOOK, TAG_LOOK, &mut self.counters) };
+                    self.look_armed = armed.is_ok();
+                }
                 uring.enter(wait, &mut self.counters);
             }
             #[cfg(test)]
@@ -431,11 +587,30 @@ impl Driver {
                 #[cfg(test)]
                 Backend::Scripted(script) => script.next()?,
             };
-            match self.slots.complete(user_data, completion) {
-                None => self.notice(user_data, completion),
-                delivered => return delivered,
+            let delivered = if user_data as u32 >= WATCH_FIRST {
+                self.told(user_data, completion)
+            } else {
+                self.slots.complete(user_data, completion)
+            };
+            if delivered.is_some() {
+                return delivered;
             }
         }
+    }
+
+    /// A CQE that is no operation's of a slot: of a watch, it may end a wait.
+    #[inline(always)]
+    fn told(&mut self, user_data: u64, completion: Completion) -> Option<(Waiter, Completion)> {
+        if user_data as u32 >= TAG_FIRST {
+            self.notice(user_data, completion);
+            return None;
+        }
+        let key = self.watches.complete(user_data, completion)?;
+        // It may have ended otherwise, and its fiber not have come to say so.
+        if !self.slots.is_waiting(key) {
+            return None;
+        }
+        self.slots.complete(key.0, Completion { res: 0, flags: 0 })
     }
 
     /// A CQE no slot waits for. Timers need nothing further; a cancel that missed is repeated; a bell that could not be rung by
@@ -457,6 +632,7 @@ impl Driver {
                 }
             }
             TAG_LINKED => self.timers -= 1,
+            TAG_LOOK => self.look_due = true,
             TAG_RETRY => {
                 self.retry_armed = false;
                 for key in std::mem::take(&mut self.missed) {

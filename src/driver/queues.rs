@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use io_uring::{IoUring, Parameters, squeue};
 
-use super::slab::Completion;
+use super::slab::{CQE_F_MORE, Completion};
 use crate::error::{Error, Result};
 use crate::sys;
 
@@ -271,6 +271,19 @@ impl Queues {
             flags: cqe.flags,
         };
         Some((cqe.user_data, completion))
+    }
+
+    /// Whether a completion of `user_data` that no other will follow is at hand.
+    pub(crate) fn has_last(&self, user_data: u64) -> bool {
+        // SAFETY: the counter lives as long as the mapping.
+        let tail = unsafe { (*self.shared_cq_tail).load(Ordering::Acquire) };
+        let count = tail.wrapping_sub(self.cq_head);
+        (0..count).any(|n| {
+            let index = self.cq_head.wrapping_add(n) & self.cq_mask;
+            // SAFETY: as in `next`: between the head and the tail just acquired.
+            let cqe = unsafe { *self.cqes.add(index as usize) };
+            cqe.user_data == user_data && cqe.flags & CQE_F_MORE == 0
+        })
     }
 
     fn flags(&self) -> u32 {

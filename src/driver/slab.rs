@@ -19,6 +19,8 @@ use std::num::NonZeroUsize;
 
 use slab::Slab;
 
+use super::watch::WATCH_FIRST;
+
 /// `IORING_CQE_F_MORE`: more CQEs of the same operation will come.
 pub(crate) const CQE_F_MORE: u32 = 1 << 1;
 
@@ -38,6 +40,8 @@ pub(crate) const TAG_WAKE: u64 = TAG_FIRST as u64 + 2;
 pub(crate) const TAG_MESSAGE: u64 = TAG_FIRST as u64 + 3;
 /// The timer linked to an operation, on a driver that waits for its end too.
 pub(crate) const TAG_LINKED: u64 = TAG_FIRST as u64 + 6;
+/// It is time for a look at the waits for events.
+pub(crate) const TAG_LOOK: u64 = TAG_FIRST as u64 + 7;
 /// It is time to repeat the cancels that missed.
 pub(crate) const TAG_RETRY: u64 = TAG_FIRST as u64 + 5;
 /// The poll of the wake-up eventfd.
@@ -105,8 +109,8 @@ impl Slots {
         });
         u32::try_from(index)
             .ok()
-            .filter(|index| *index < TAG_FIRST)
-            .expect("fewer than 2^32 - 16 waiters")
+            .filter(|index| *index < WATCH_FIRST)
+            .expect("fewer than 2^31 waiters")
     }
 
     /// Takes the slot back. The waiter must have no operation in flight: the kernel would complete into nothing.
@@ -338,7 +342,7 @@ mod tests {
                     1 => {
                         // A stranger: an old key, a tag, or noise.
                         let stray = match next() % 3 {
-                            0 => TAG_TIMER + next() % 7,
+                            0 => TAG_TIMER + next() % 8,
                             1 => [next(), 0, u64::MAX][(next() % 3) as usize],
                             _ => history.get(which).map_or(0, |key| key.0),
                         };

@@ -25,6 +25,7 @@ use super::features::{self, Features};
 use super::op::{OPS, Op, TRANSFER_BYTES_MAX, Timespec};
 use super::queues::Queues;
 use super::slab::{Completion, Key, TAG_EVENTFD, TAG_TIMER, TAG_WAKE};
+use super::watch::WatchId;
 use super::{Config, Counters};
 use crate::error::{Error, Result};
 use crate::sys;
@@ -379,6 +380,26 @@ impl Uring {
             .build()
             .user_data(TAG_EVENTFD);
         self.push(entry, counters)
+    }
+
+    /// Watches a descriptor for something to receive, until cancelled: see `driver/watch.rs`.
+    pub(crate) fn prepare_watch(
+        &mut self,
+        fd: RawFd,
+        id: WatchId,
+        counters: &mut Counters,
+    ) -> std::result::Result<(), Full> {
+        let events = (libc::POLLIN | libc::POLLRDHUP) as u32;
+        let entry = opcode::PollAdd::new(types::Fd(fd), events)
+            .multi(true)
+            .build()
+            .user_data(id.0);
+        self.push(entry, counters)
+    }
+
+    /// Whether the last CQE of `user_data` is at hand.
+    pub(crate) fn has_last(&self, user_data: u64) -> bool {
+        self.queues.has_last(user_data)
     }
 
     /// Wakes a waiting enter after `duration` at the latest, by a CQE that bears `tag`.

@@ -26,7 +26,7 @@ impl Fellow {
             return;
         };
         if let Some(fiber) = worker.fiber(self.slot, self.id)
-            && fiber.state.get() == State::InOperation
+            && matches!(fiber.state.get(), State::InOperation | State::Watching)
         {
             worker.cancel(fiber.key.get());
         }

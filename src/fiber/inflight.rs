@@ -20,16 +20,18 @@
 //!  5. return: the last reference to the file is gone, the peer has its FIN
 //! ```
 //!
+//! A standing poll of the socket (`fiber/watch.rs`) is the owner's too: it ends in step 3, and step 4 is over once it has.
+//!
 //! An operation registered after step 3 was submitted after step 2, so the kernel answers it with EBADF. Cancelling is by key,
 //! never by descriptor: duplicates and forked children share the open file.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use super::park::{Parking, Waker};
 use super::remote::{Control, Remote};
 use super::scheduler::Worker;
-use crate::driver::Key;
+use crate::driver::{Key, WatchId};
 
 /// Which of the owner's two fields an operation goes into.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,6 +56,12 @@ pub(crate) struct InFlight {
     owner: AtomicU32,
     /// Keys of the owner's operations, by direction, or NONE. Written by the owner's thread only.
     keys: [AtomicU64; 2],
+    /// The owner's watch of the socket, or 0. Written by the owner's thread only.
+    watch: AtomicU64,
+    /// Receives of the owner's that waited on the ring, as far as they count.
+    waits: AtomicU8,
+    /// The socket is not to be watched.
+    unwatchable: AtomicBool,
     owner_remote: OnceLock<Arc<Remote>>,
     rest: Mutex<Rest>,
 }
@@ -72,6 +80,9 @@ impl InFlight {
             closed: AtomicBool::new(false),
             owner: AtomicU32::new(0),
             keys: [AtomicU64::new(Key::NONE.0), AtomicU64::new(Key::NONE.0)],
+            watch: AtomicU64::new(0),
+            waits: AtomicU8::new(0),
+            unwatchable: AtomicBool::new(false),
             owner_remote: OnceLock::new(),
             rest: Mutex::new(Rest {
                 others: Vec::new(),
@@ -106,6 +117,50 @@ impl InFlight {
     #[inline]
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
+    }
+
+    /// Whether the worker owns the two fields, and the watch.
+    #[inline(always)]
+    pub(crate) fn is_owned_by(&self, worker: &Worker) -> bool {
+        self.owner.load(Ordering::Relaxed) == worker.id()
+    }
+
+    /// The owner, once there is one.
+    pub(crate) fn owner_remote(&self) -> Option<&Arc<Remote>> {
+        self.owner_remote.get()
+    }
+
+    /// The owner's watch of the socket.
+    #[inline(always)]
+    pub(crate) fn watch(&self) -> Option<WatchId> {
+        match self.watch.load(Ordering::Relaxed) {
+            0 => None,
+            id => Some(WatchId(id)),
+        }
+    }
+
+    /// On the owner's thread.
+    pub(crate) fn set_watch(&self, id: Option<WatchId>) {
+        self.watch.store(id.map_or(0, |id| id.0), Ordering::Relaxed);
+    }
+
+    /// On the owner's thread: a receive waits. How many have.
+    pub(crate) fn count_wait(&self) -> u8 {
+        let waits = self.waits.load(Ordering::Relaxed).saturating_add(1);
+        self.waits.store(waits, Ordering::Relaxed);
+        waits
+    }
+
+    /// From now on events do not tell enough of the socket: no watch begins, and one there is is not used any more.
+    #[cold]
+    pub(crate) fn never_watch(&self) {
+        self.unwatchable.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether events tell all there is to know of the socket.
+    #[inline(always)]
+    pub(crate) fn is_watchable(&self) -> bool {
+        !self.unwatchable.load(Ordering::Relaxed)
     }
 
     /// Registers a worker's operation, before its submission.
@@ -172,7 +227,7 @@ impl InFlight {
         self.tell_closers(rest);
     }
 
-    /// On the owner's thread, after a close: done once both fields are empty.
+    /// On the owner's thread, after a close: done once both fields are empty and the watch has ended.
     #[cold]
     #[inline(never)]
     fn owner_left(&self) {
@@ -180,6 +235,7 @@ impl InFlight {
             .keys
             .iter()
             .all(|key| key.load(Ordering::Relaxed) == Key::NONE.0)
+            && self.watch().is_none()
         {
             let mut rest = self.rest();
             rest.owner_pending = false;
@@ -194,15 +250,31 @@ impl InFlight {
             closers.into_iter().for_each(Waker::wake);
         }
     }
+}
 
-    /// On the owner's thread: cancels what is in flight there.
-    fn cancel_own(&self, worker: &Worker) {
-        worker.settle();
-        for key in &self.keys {
-            worker.cancel(Key(key.load(Ordering::Relaxed)));
-        }
-        self.owner_left();
+/// On the owner's thread: cancels what is in flight there.
+fn cancel_own<S>(socket: &Arc<S>, worker: &Worker)
+where
+    S: AsRef<InFlight> + 'static,
+{
+    let inflight: &InFlight = (**socket).as_ref();
+    worker.settle();
+    for key in &inflight.keys {
+        worker.cancel(Key(key.load(Ordering::Relaxed)));
     }
+    if let Some(id) = inflight.watch() {
+        if worker.end_watch(id) {
+            inflight.set_watch(None);
+        } else {
+            let socket = socket.clone();
+            worker.when_watch_gone(id, move || {
+                let inflight: &InFlight = (*socket).as_ref();
+                inflight.set_watch(None);
+                inflight.owner_left();
+            });
+        }
+    }
+    inflight.owner_left();
 }
 
 /// Says that the owner has nothing in flight, if it never came to look.
@@ -257,12 +329,12 @@ where
     }
     if let Some(owner) = owner {
         match super::worker() {
-            Some(worker) if worker.id() == owner.id() => inflight.cancel_own(worker),
+            Some(worker) if worker.id() == owner.id() => cancel_own(socket, worker),
             _ => {
                 let unread = TellWhenDropped(socket.clone(), false);
                 // Read or dropped unread (then the owner has ended, and nothing of its is in flight): the closers hear of it.
                 let _ = owner.send(Control::Run(Box::new(move |worker| {
-                    (*unread.0).as_ref().cancel_own(worker);
+                    cancel_own(&unread.0, worker);
                     unread.read();
                 })));
             }

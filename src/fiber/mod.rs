@@ -12,8 +12,8 @@
 //!                       ▲                           │ │ │
 //!                       │ yield_now                 │ │ │ suspend(op)              final CQE of its key
 //!                       ├───────────────────────────┘ │ └──────────▶ InOperation ───────────────────▶ Running
-//!                       │ wake, or interrupt          │ park
-//!                       └────────── Parked ◀──────────┘
+//!                       │ wake, or interrupt          │ park, or a wait for an event of a watch
+//!                       └── Parked, Watching ◀────────┘
 //! ```
 //!
 //! - `InOperation` is left by the final CQE and by nothing else: not by a cancel, a deadline, a close or a shutdown. Those ask
@@ -54,9 +54,10 @@ pub(crate) mod sync;
 pub(crate) mod thread;
 mod wait_queue;
 mod wake;
+pub(crate) mod watch;
 
 use std::cell::{Cell, UnsafeCell};
-use std::mem::ManuallyDrop;
+use std::mem::{ManuallyDrop, MaybeUninit};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::os::fd::RawFd;
@@ -107,6 +108,8 @@ enum State {
     InOperation,
     /// Waits for a wake; a deadline would make it `InOperation`, on a timer.
     Parked,
+    /// Waits for an event of a watch.
+    Watching,
     /// Never to be resumed.
     Lost,
 }
@@ -656,15 +659,36 @@ pub(crate) type Received = std::result::Result<Buf, i32>;
 
 #[inline(always)]
 fn receive(worker: &Worker, fd: RawFd, bufsize: usize) -> Received {
+    receive_into(worker, bufsize, |buffer| {
+        worker.attempt(&mut Op::Recv {
+            fd,
+            buffer,
+            flags: 0,
+            found_nothing: false,
+        })
+    })
+}
+
+/// In a fiber: has `call` receive at most `bufsize` bytes into a buffer that is taken for it.
+#[inline(always)]
+pub(crate) fn receive_by(
+    bufsize: usize,
+    call: impl FnOnce(&mut [MaybeUninit<u8>]) -> i32,
+) -> Received {
+    let (worker, _) = current().expect("in a fiber");
+    receive_into(worker, bufsize, call)
+}
+
+#[inline(always)]
+fn receive_into(
+    worker: &Worker,
+    bufsize: usize,
+    call: impl FnOnce(&mut [MaybeUninit<u8>]) -> i32,
+) -> Received {
     let Some(mut lease) = worker.buffers.take() else {
-        return receive_to_heap(worker, fd, bufsize);
+        return receive_to_heap(bufsize, call);
     };
-    let received = worker.attempt(&mut Op::Recv {
-        fd,
-        buffer: crate::sys::as_uninit(&mut lease[..bufsize]),
-        flags: 0,
-        found_nothing: false,
-    });
+    let received = call(crate::sys::as_uninit(&mut lease[..bufsize]));
     match received {
         ..0 => Err(received),
         0 => Ok(Buf::default()),
@@ -675,20 +699,15 @@ fn receive(worker: &Worker, fd: RawFd, bufsize: usize) -> Received {
     }
 }
 
-/// [`receive`] while all buffers are out.
+/// [`receive_into`] while all buffers are out.
 #[cold]
 #[inline(never)]
-fn receive_to_heap(worker: &Worker, fd: RawFd, bufsize: usize) -> Received {
+fn receive_to_heap(bufsize: usize, call: impl FnOnce(&mut [MaybeUninit<u8>]) -> i32) -> Received {
     let mut bytes = Vec::new();
     if bytes.try_reserve_exact(bufsize).is_err() {
         return Err(-libc::ENOMEM);
     }
-    let received = worker.attempt(&mut Op::Recv {
-        fd,
-        buffer: &mut bytes.spare_capacity_mut()[..bufsize],
-        flags: 0,
-        found_nothing: false,
-    });
+    let received = call(&mut bytes.spare_capacity_mut()[..bufsize]);
     if received < 0 {
         return Err(received);
     }

@@ -34,7 +34,7 @@ use super::stack::{STACK_BYTES_MIN, StackPool};
 use super::{AbortOnUnwind, DriverCell, FiberRef, State, interrupt};
 use crate::buf::lease::Pool;
 use crate::driver::features::Features;
-use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Waiter};
+use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Waiter, WatchId};
 use crate::error::{Error, Result};
 use crate::log::log;
 use crate::metrics::Counts;
@@ -122,6 +122,8 @@ impl ReadyQueue {
     }
 }
 
+type Ending = (WatchId, Box<dyn FnOnce()>);
+
 /// See the module's documentation.
 pub(crate) struct Worker {
     pub(super) driver: DriverCell,
@@ -129,6 +131,8 @@ pub(crate) struct Worker {
     ready: ReadyQueue,
     /// Cancels that found the submission queue full.
     cancels: RefCell<Vec<Key>>,
+    /// Watches that did not end at once, and what is to be done when they have. Mostly empty.
+    ending: RefCell<Vec<Ending>>,
     stacks: RefCell<StackPool>,
     pub(super) buffers: Pool,
     remote: Arc<Remote>,
@@ -166,6 +170,7 @@ impl Worker {
             current: Cell::new(None),
             ready: ReadyQueue::default(),
             cancels: RefCell::new(Vec::new()),
+            ending: RefCell::new(Vec::new()),
             stacks: RefCell::new(StackPool::new(limits.stack_bytes)),
             buffers: Pool::new(limits.buffers.0, limits.buffers.1),
             remote,
@@ -245,6 +250,25 @@ impl Worker {
             code if matches!(-code, libc::EAGAIN | libc::EINTR) => None,
             code => Some(code),
         }
+    }
+
+    /// Counts a plain call of the current fiber: false if it has made so many since it was switched in that the others should
+    /// get a turn.
+    #[inline(always)]
+    pub(super) fn may_call_again(&self) -> bool {
+        let calls = self.direct_calls.get();
+        self.direct_calls.set(calls + 1);
+        calls < DIRECT_CALLS_MAX
+    }
+
+    /// Ends a watch of this worker's: whether it holds its file no longer.
+    pub(super) fn end_watch(&self, id: WatchId) -> bool {
+        self.driver.with(|driver| driver.end_watch(id))
+    }
+
+    /// Runs `then` once a watch that did not end at once is gone.
+    pub(super) fn when_watch_gone(&self, id: WatchId, then: impl FnOnce() + 'static) {
+        self.ending.borrow_mut().push((id, Box::new(then)));
     }
 
     /// Whether the last turn served very many fibers.
@@ -338,7 +362,10 @@ impl Worker {
     #[inline(always)]
     pub(super) fn deliver(&self, waiter: Waiter, completion: Completion) {
         let fiber = FiberRef::from_waiter(waiter);
-        debug_assert_eq!(fiber.state.get(), State::InOperation);
+        debug_assert!(matches!(
+            fiber.state.get(),
+            State::InOperation | State::Watching
+        ));
         fiber.completion.set(completion);
         self.resume(fiber);
     }
@@ -378,7 +405,7 @@ impl Worker {
                 self.make_ready(fiber);
             }
             // Not parked yet: `park` finds the key taken back and does not wait.
-            State::Ready | State::Running | State::Lost => self.end_wait(key),
+            State::Ready | State::Running | State::Watching | State::Lost => self.end_wait(key),
         }
     }
 
@@ -394,6 +421,20 @@ impl Worker {
 
     /// Cancels the operation `key` of this worker.
     pub(super) fn cancel(&self, key: Key) {
+        let waiter = self.driver.with(|driver| driver.slots().waiter_of(key));
+        if let Some(waiter) = waiter
+            && let fiber = FiberRef::from_waiter(waiter)
+            && fiber.state.get() == State::Watching
+        {
+            // It is no operation of the kernel's.
+            self.end_wait(key);
+            fiber.completion.set(Completion {
+                res: -libc::ECANCELED,
+                flags: 0,
+            });
+            self.make_ready(fiber);
+            return;
+        }
         if let Err(Full) = self.driver.with(|driver| driver.cancel(key)) {
             self.cancels.borrow_mut().push(key);
         }
@@ -403,7 +444,7 @@ impl Worker {
     pub(super) fn interrupt(&self, fiber: FiberRef, reasons: u8) {
         fiber.interrupt.set(fiber.interrupt.get() | reasons);
         match fiber.state.get() {
-            State::InOperation => self.cancel(fiber.key.get()),
+            State::InOperation | State::Watching => self.cancel(fiber.key.get()),
             State::Parked => {
                 self.end_wait(fiber.key.get());
                 self.make_ready(fiber);
@@ -527,6 +568,12 @@ impl Worker {
             });
         }
         self.reap();
+        for waiter in self.driver.with(|driver| driver.look()) {
+            let fiber = FiberRef::from_waiter(waiter);
+            fiber.completion.set(Completion { res: 0, flags: 0 });
+            self.make_ready(fiber);
+        }
+        self.tell_of_ended();
         let served = self.switches.get() - served_before;
         self.crowded.set(served > CROWD);
         self.turns.set(self.turns.get() + 1);
@@ -602,6 +649,21 @@ impl Worker {
         }
     }
 
+    /// Says of which watches the end has come.
+    fn tell_of_ended(&self) {
+        if self.ending.borrow().is_empty() {
+            return;
+        }
+        let ending = std::mem::take(&mut *self.ending.borrow_mut());
+        for (id, then) in ending {
+            if self.driver.with(|driver| driver.is_watch_gone(id)) {
+                then();
+            } else {
+                self.ending.borrow_mut().push((id, then));
+            }
+        }
+    }
+
     fn retry_cancels(&self) {
         if self.cancels.borrow().is_empty() {
             return;
@@ -612,18 +674,18 @@ impl Worker {
 
     /// Copies the counters to where other threads read them.
     fn publish(&self) {
-        let (counters, in_flight, unknown) = self.driver.with(|driver| {
-            let counters = driver.counters();
+        let (counters, now) = self.driver.with(|driver| {
+            let (counters, watches) = (driver.counters(), driver.watches());
             let slots = driver.slots();
-            (counters, slots.waiting(), slots.unknown())
+            let now = [slots.waiting() as u64, watches as u64, slots.unknown()];
+            (counters, now)
         });
         self.counts.publish(
             &counters,
             self.switches.get(),
             self.spawned.get(),
             self.live.get(),
-            in_flight,
-            unknown,
+            now,
         );
     }
 
@@ -650,7 +712,11 @@ impl Worker {
                 }
             }
         }
-        self.driver.with(|driver| driver.close_bell());
+        self.driver.with(|driver| {
+            driver.end_watches();
+            driver.close_bell();
+        });
+        self.tell_of_ended();
         self.counts.lost(lost);
         self.publish();
     }

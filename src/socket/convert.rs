@@ -12,7 +12,7 @@ use crate::constants::{
     SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET,
 };
 use crate::error::{Error, Result};
-use crate::fiber::inflight;
+use crate::fiber::{inflight, watch};
 use crate::sys;
 
 impl Socket {
@@ -151,7 +151,9 @@ impl Socket {
     /// ```
     pub fn detach(mut self) -> Result<OwnedFd> {
         self.check_open()?;
-        if let Some(inner) = Arc::get_mut(&mut self.0) {
+        if let Some(inner) = Arc::get_mut(&mut self.0)
+            && watch::end_here(&inner.inflight)
+        {
             // The handle that went last may have closed the object just now.
             if inner.inflight.is_closed() {
                 return Err(Error::from_errno(libc::EBADF));

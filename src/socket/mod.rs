@@ -38,6 +38,7 @@ mod module;
 mod options;
 mod queue;
 mod sendfile;
+mod watched;
 
 use std::fmt;
 use std::io;
@@ -177,6 +178,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // The last handle is gone, and with it every call. Open or closed, the number is ours, unless `detach` gave it away.
         if self.fd >= 0 {
+            fiber::watch::end(&self.inflight);
             sys::close(self.fd);
         }
         fiber::settle();
@@ -644,6 +646,9 @@ impl Socket {
     /// A receive in a fiber, into a buffer that is taken once there is something to put into it.
     #[inline(always)]
     fn recv_lease(&self, bufsize: usize) -> Result<Buf> {
+        if let Some(received) = self.recv_lease_watched(bufsize) {
+            return received;
+        }
         match fiber::receive_in_turn(self.0.fd, bufsize) {
             Some(received) => received.map_err(error_from_outcome),
             None => self.recv_lease_later(bufsize),
@@ -656,6 +661,9 @@ impl Socket {
     fn recv_lease_later(&self, bufsize: usize) -> Result<Buf> {
         let fd = self.0.fd;
         let timeout_ns = self.timeout_ns();
+        if let Some(received) = self.recv_lease_newly_watched(bufsize, timeout_ns) {
+            return received;
+        }
         let deadline_ns = match timeout_ns {
             1.. => fiber::now_ns().saturating_add(timeout_ns),
             _ => i64::MAX,
@@ -804,6 +812,12 @@ impl Socket {
             return Ok(0);
         }
         let flags = self.flags_for_ring(flags);
+        if flags == 0
+            && let Some(watched) = self.watched()
+            && let Some(code) = self.recv_watched(&watched, buffer)
+        {
+            return transferred(code);
+        }
         self.receive(
             Op::Recv {
                 fd: self.0.fd,
@@ -833,6 +847,10 @@ impl Socket {
     fn receive(&self, mut op: Op<'_>, flags: i32) -> Result<usize> {
         let timeout_ns = self.timeout_ns();
         if timeout_ns == NON_BLOCKING || flags & FLAGS_THAT_NEVER_WAIT != 0 {
+            if flags & libc::MSG_OOB != 0 {
+                // Once it is read, nothing shows any more that receives stop where it was.
+                self.0.inflight.never_watch();
+            }
             return self.attempt(op);
         }
         // A plain call would be satisfied with less than MSG_WAITALL asks for.
@@ -852,6 +870,14 @@ impl Socket {
 
     #[inline(never)]
     fn receive_later(&self, op: &mut Op<'_>, timeout_ns: i64) -> i32 {
+        if let Op::Recv {
+            buffer, flags: 0, ..
+        } = op
+            && let Some(watched) = self.begin_watch(timeout_ns)
+            && let Some(code) = self.recv_watched(&watched, buffer)
+        {
+            return code;
+        }
         let code = self.wait(op, Direction::In, timeout_ns);
         if code > 0 {
             self.0.receives.store(true, Ordering::Relaxed);
@@ -913,7 +939,7 @@ impl Socket {
         if timeout_ns == NON_BLOCKING || flags & libc::MSG_DONTWAIT != 0 {
             return self.attempt(op);
         }
-        let mut sent = match fiber::attempt_directly(&mut op, timeout_ns >= 0) {
+        let mut sent = match fiber::attempt_directly(&mut op, self.sends_plainly()) {
             None if timeout_ns > 0 => return self.send_some(bytes, flags, to, timeout_ns),
             None => 0,
             Some(code) if code < 0 => return Err(error_from_outcome(code)),
@@ -986,7 +1012,7 @@ impl Socket {
             flags,
         };
         // In any mode, what can be sent at once needs no waiting.
-        match fiber::attempt_directly(&mut op, self.timeout_ns() >= 0) {
+        match fiber::attempt_directly(&mut op, self.sends_plainly()) {
             Some(sent) if sent as usize == bytes.len() => Ok(()),
             Some(code) if code < 0 => Err(error_from_outcome(code)),
             sent => self.sendall_rest(&bytes[sent.unwrap_or(0) as usize..], flags),
@@ -1044,6 +1070,12 @@ impl Socket {
                 return Ok(());
             }
         }
+    }
+
+    /// Whether sends are plain calls also in a crowd.
+    #[inline(always)]
+    fn sends_plainly(&self) -> bool {
+        self.timeout_ns() >= 0 || self.0.inflight.watch().is_some()
     }
 
     /// One send that waits: the bytes the kernel took.

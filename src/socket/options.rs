@@ -142,6 +142,13 @@ impl Socket {
         value: impl Into<OptionValue<'a>>,
     ) -> Result<()> {
         let fd = self.0.fd;
+        if matches!(
+            (level, optname),
+            (libc::SOL_SOCKET, libc::SO_OOBINLINE) | (libc::IPPROTO_TCP, libc::TCP_ULP)
+        ) {
+            // Receives stop at urgent data, and where the protocol on top says.
+            self.0.inflight.never_watch();
+        }
         let result = sys::check(match value.into() {
             // What is negative wraps, as in Python.
             OptionValue::Int(value) if level == AF_VSOCK.bits() && self.0.family == AF_VSOCK => {

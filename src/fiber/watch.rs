@@ -1,0 +1,235 @@
+//! Sockets that are watched: receives by plain calls, in between waits for events of a standing poll (`driver/watch.rs`).
+//!
+//! A receive that has to wait, time and again, on the same worker, is cheaper this way: an event costs the kernel less than arming
+//! an operation, completing it and disarming it. So after some such waits a worker begins to watch a stream. Its receives then
+//! go like this:
+//!
+//! ```text
+//!            ┌── events were told ──▶ plain receive ──▶ all that was there: return
+//!   events ──┤        ▲                    │ │
+//!            │        │                    │ └──▶ perhaps not all (the buffer is full, or the events say more): keep them, return
+//!            └── none: wait for one ◀──────┘ EAGAIN
+//! ```
+//!
+//! Events tell of changes only, so a receive may let them go only if it has taken all that was there. A short one has, on TCP and
+//! AF_UNIX, unless something divides the stream: an end or an error that was told with the data (`POLLRDHUP`, `POLLHUP`,
+//! `POLLERR`), or control data on AF_UNIX (`MSG_CTRUNC`). Then the events are kept, and the next receive looks first.
+//!
+//! Of urgent data on TCP, behind which a receive stops as well, nothing can be told: the kernel names POLLPRI with all data. So
+//! no wait relies on a short receive for long: after a *second look* (`driver/watch.rs`, 100 to 200 ms later) the fiber tries
+//! once. Where that finds something the stream is a divided one, and is not watched any more. Nor are sockets whose urgent data
+//! somebody reads, or that have a protocol on top (kTLS).
+//!
+//! A watch is the socket's worker's, the one that owns it (`fiber/inflight.rs`), and only receives without a timeout use it, since
+//! a deadline is linked to an operation. Whatever cannot use it goes the usual way, beside it. It holds the file, so closing,
+//! dropping and detaching end it first.
+
+use std::os::fd::RawFd;
+
+use super::inflight::{Direction, InFlight};
+use super::scheduler::Worker;
+use super::{FiberRef, State, current, interrupted, yield_fiber};
+use crate::driver::{SECOND_LOOK, WatchId};
+
+/// After so many receives that waited on the ring a socket is watched: connections that come for one request and go are not.
+const WAITS_MIN: u8 = 4;
+
+/// Events after which a short receive need not have taken all.
+const DIVIDED: u32 = (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) as u32;
+
+/// A socket's watch, in the hands of a fiber of the worker that has it.
+pub(crate) struct Watched<'a> {
+    worker: &'static Worker,
+    fiber: FiberRef,
+    inflight: &'a InFlight,
+    id: WatchId,
+}
+
+/// Why there are no events.
+pub(crate) enum NoEvents {
+    /// The watch has ended, or another fiber waits for it: the ring does without.
+    Unwatched,
+    /// The wait ended early: a code as of [`suspend`](super::suspend).
+    Ended(i32),
+}
+
+impl<'a> Watched<'a> {
+    /// The socket's watch; `None` where there is none that the caller can use.
+    #[inline(always)]
+    pub(crate) fn of(inflight: &'a InFlight) -> Option<Watched<'a>> {
+        let id = inflight.watch()?;
+        let (worker, fiber) = current()?;
+        let is_free = fiber.interrupt.get() == 0 && !std::thread::panicking();
+        (is_free && inflight.is_owned_by(worker) && inflight.is_watchable()).then_some(Watched {
+            worker,
+            fiber,
+            inflight,
+            id,
+        })
+    }
+
+    /// [`of`](Watched::of), of a socket on which a receive waits, with a new watch if it has done so often enough.
+    #[inline(never)]
+    pub(crate) fn begin(inflight: &'a InFlight, fd: RawFd) -> Option<Watched<'a>> {
+        if inflight.watch().is_some() {
+            return Watched::of(inflight);
+        }
+        let (worker, _) = current()?;
+        if !inflight.is_owned_by(worker) || inflight.is_closed() || !inflight.is_watchable() {
+            return None;
+        }
+        // In a crowd a receive on the ring costs no more, and brings its data along.
+        if worker.is_crowded() {
+            return None;
+        }
+        if inflight.count_wait() < WAITS_MIN {
+            return None;
+        }
+        let id = worker.driver.with(|driver| driver.watch(fd))?;
+        inflight.set_watch(Some(id));
+        Watched::of(inflight)
+    }
+
+    /// Waits until there may be something to receive: what was told.
+    #[inline(always)]
+    pub(crate) fn events(&self) -> Result<u32, NoEvents> {
+        let events = self
+            .worker
+            .driver
+            .with(|driver| driver.take_events(self.id));
+        if events == 0 {
+            return self.wait();
+        }
+        if !self.worker.may_call_again() {
+            return self.in_turn(events);
+        }
+        Ok(events)
+    }
+
+    /// Lets the others go first, after many calls in a row.
+    #[cold]
+    #[inline(never)]
+    fn in_turn(&self, events: u32) -> Result<u32, NoEvents> {
+        self.keep(events);
+        yield_fiber(self.worker, self.fiber);
+        if self.fiber.interrupt.get() != 0 {
+            return Err(NoEvents::Unwatched);
+        }
+        match self
+            .worker
+            .driver
+            .with(|driver| driver.take_events(self.id))
+        {
+            0 => self.wait(),
+            events => Ok(events),
+        }
+    }
+
+    #[inline(always)]
+    fn wait(&self) -> Result<u32, NoEvents> {
+        let (worker, fiber) = (self.worker, self.fiber);
+        let key = worker
+            .driver
+            .with(|driver| driver.wait_for_event(self.id, fiber.slot))
+            .ok_or(NoEvents::Unwatched)?;
+        fiber.key.set(key);
+        fiber.state.set(State::Watching);
+        let place = self.inflight.enter(worker, key, Direction::In);
+        fiber.switch_out();
+        self.inflight.leave(worker, place, key, Direction::In);
+        if fiber.completion.get().res < 0 {
+            worker
+                .driver
+                .with(|driver| driver.forgo_event(self.id, key));
+            return Err(NoEvents::Ended(self.ended_early()));
+        }
+        Ok(worker.driver.with(|driver| driver.take_events(self.id)))
+    }
+
+    /// Who ended the wait.
+    #[cold]
+    #[inline(never)]
+    fn ended_early(&self) -> i32 {
+        if self.inflight.is_closed() {
+            return -libc::EBADF;
+        }
+        interrupted(self.worker, self.fiber).unwrap_or(-libc::ECANCELED)
+    }
+
+    /// After a receive: keeps the events, unless it has taken all that was there. `is_short`: it could have taken more.
+    #[inline(always)]
+    pub(crate) fn received(&self, events: u32, is_short: bool) {
+        if !is_short || is_divided(events) {
+            self.keep(events);
+        }
+        found_untold(self.inflight, events);
+    }
+
+    /// After a receive that found nothing: the wait that follows needs no second look.
+    #[inline]
+    pub(crate) fn found_nothing(&self) {
+        self.worker
+            .driver
+            .with(|driver| driver.found_nothing(self.id));
+    }
+
+    /// The events are true still.
+    #[inline]
+    fn keep(&self, events: u32) {
+        self.worker
+            .driver
+            .with(|driver| driver.keep_events(self.id, events));
+    }
+}
+
+/// After a receive that found something: where nothing had been told of it, the socket is not watched any more.
+#[inline(always)]
+pub(crate) fn found_untold(inflight: &InFlight, events: u32) {
+    if events == SECOND_LOOK {
+        inflight.never_watch();
+    }
+}
+
+/// Whether a short receive after these events need not have taken all.
+#[inline(always)]
+pub(crate) fn is_divided(events: u32) -> bool {
+    events & DIVIDED != 0
+}
+
+/// Ends the watch of a socket whose last handle goes: at once on its worker, else as soon as that comes round.
+#[inline]
+pub(crate) fn end(inflight: &InFlight) {
+    if inflight.watch().is_some() {
+        end_somewhere(inflight);
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn end_somewhere(inflight: &InFlight) {
+    if end_here(inflight) {
+        return;
+    }
+    if let (Some(id), Some(owner)) = (inflight.watch(), inflight.owner_remote()) {
+        // A worker that has ended has ended its watches.
+        let _ = owner.send(super::remote::Control::Run(Box::new(move |worker| {
+            worker.end_watch(id);
+        })));
+    }
+}
+
+/// Whether the socket is not watched any more: ended just now, on its worker, or before.
+pub(crate) fn end_here(inflight: &InFlight) -> bool {
+    let Some(id) = inflight.watch() else {
+        return true;
+    };
+    match super::worker() {
+        Some(worker) if inflight.is_owned_by(worker) => {
+            if worker.end_watch(id) {
+                inflight.set_watch(None);
+            }
+            inflight.watch().is_none()
+        }
+        _ => false,
+    }
+}

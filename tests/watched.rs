@@ -1,0 +1,565 @@
+//! Sockets with a standing poll: that one begins where receives wait time and again, that no byte and no end is missed with it,
+//! and that closing, dropping and detaching leave nothing of it.
+#![allow(unsafe_code)] // of the tests' support, and of fork
+
+mod support;
+
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ringsock::prelude::*;
+use ringsock::{Handle, Runtime, send_fds, sleep, socketpair, spawn};
+
+use support::{Beside, Random, beside, checked, errno, seed, tcp_pair};
+
+/// Standing polls of the calling fiber's worker.
+fn watches() -> u64 {
+    // Counters are published when the worker waits.
+    sleep(0.001).unwrap();
+    Handle::current().unwrap().metrics()[0].watches
+}
+
+/// Has `right` wait for what `left` sends until it is watched.
+fn have_watched(left: &Socket, right: &Socket) {
+    let before = watches();
+    for n in 0..100u8 {
+        if watches() > before {
+            return;
+        }
+        let sender = left.clone();
+        let sending = spawn(move || {
+            sleep(0.001)?;
+            sender.sendall(&[n])
+        });
+        let mut byte = [0];
+        assert_eq!(right.recv_into(&mut byte).unwrap(), 1);
+        assert_eq!(byte, [n]);
+        sending.join().unwrap().unwrap();
+    }
+    panic!("it does not come to be watched");
+}
+
+/// Runs `test` with a watched pair of each family.
+fn with_pairs(test: fn(Socket, Socket)) {
+    checked(move || {
+        for pair in [tcp_pair, || socketpair().unwrap()] {
+            ringsock::run(move || {
+                let (left, right) = pair();
+                have_watched(&left, &right);
+                test(left, right);
+                assert_eq!(watches(), 0, "nothing is left");
+            });
+        }
+    });
+}
+
+fn wait_in_fiber(socket: &Socket) -> ringsock::JoinHandle<ringsock::Result<Buf>> {
+    let socket = socket.clone();
+    let waiting = spawn(move || socket.recv(100));
+    sleep(0.002).unwrap();
+    waiting
+}
+
+/// A thread that reads to the end of a stream.
+fn reading(socket: Socket) -> Beside<Vec<u8>> {
+    let mut stream = UnixStream::from(socket.detach().unwrap());
+    beside(move || {
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).unwrap();
+        got
+    })
+}
+
+#[test]
+fn a_lone_connection_is_watched_and_one_that_comes_and_goes_is_not() {
+    checked(|| {
+        ringsock::run(|| {
+            let (left, right) = tcp_pair();
+            let sending = left.clone();
+            let once = wait_in_fiber(&right);
+            sending.sendall(b"x").unwrap();
+            once.join().unwrap().unwrap();
+            assert_eq!(watches(), 0);
+            have_watched(&left, &right);
+            let before = Handle::current().unwrap().metrics()[0];
+            for _ in 0..100 {
+                let waiting = wait_in_fiber(&right);
+                sending.sendall(b"ping").unwrap();
+                assert_eq!(waiting.join().unwrap().unwrap(), b"ping");
+            }
+            sleep(0.001).unwrap();
+            let after = Handle::current().unwrap().metrics()[0];
+            // The sleeps are operations; the receives are not.
+            let operations = after.operations - before.operations;
+            assert!((100..150).contains(&operations), "{operations}");
+        });
+    });
+}
+
+#[test]
+fn every_byte_arrives_in_order_whatever_the_sizes_and_pauses() {
+    with_pairs(|left, right| {
+        let mut random = Random::new(seed());
+        let mut sent = random.bytes(1 << 20);
+        let expected = sent.clone();
+        let mut sizes = random.fork();
+        let sender = beside(move || {
+            let left = left;
+            let mut rest = &mut sent[..];
+            while !rest.is_empty() {
+                let most = 1 << sizes.below(17);
+                let at = sizes.up_to(most).min(rest.len());
+                let (chunk, others) = rest.split_at_mut(at);
+                left.sendall(chunk).unwrap();
+                rest = others;
+                if sizes.below(4) == 0 {
+                    thread::sleep(Duration::from_micros(sizes.below(300)));
+                }
+            }
+        });
+        let mut got = Vec::new();
+        let mut buffer = vec![0; 70_000];
+        loop {
+            let most = 1 << random.below(17);
+            let most = random.up_to(most);
+            let received = if random.below(2) == 0 {
+                right.recv_into(&mut buffer[..most]).unwrap()
+            } else {
+                let received = right.recv(most).unwrap();
+                buffer[..received.len()].copy_from_slice(&received);
+                received.len()
+            };
+            if received == 0 {
+                break;
+            }
+            got.extend_from_slice(&buffer[..received]);
+        }
+        sender.join();
+        assert_eq!(got.len(), expected.len());
+        assert!(got == expected, "other bytes arrived");
+        assert!(right.recv(10).unwrap().is_empty(), "the end stays");
+    });
+}
+
+#[test]
+fn an_end_that_comes_with_the_data_is_not_missed() {
+    with_pairs(|left, right| {
+        let waiting = wait_in_fiber(&right);
+        left.sendall(b"last").unwrap();
+        left.shutdown(SHUT_WR).unwrap();
+        assert_eq!(waiting.join().unwrap().unwrap(), b"last");
+        assert!(right.recv(100).unwrap().is_empty());
+        right.sendall(b"answer").unwrap();
+        assert_eq!(left.recv(100).unwrap(), b"answer");
+    });
+}
+
+#[test]
+fn a_reset_reaches_who_waits() {
+    checked(|| {
+        ringsock::run(|| {
+            let (left, right) = tcp_pair();
+            have_watched(&left, &right);
+            let waiting = wait_in_fiber(&right);
+            left.setsockopt(SOL_SOCKET, SO_LINGER, &[1, 0, 0, 0, 0, 0, 0, 0])
+                .unwrap();
+            drop(left);
+            assert_eq!(errno(waiting.join().unwrap()), Some(libc::ECONNRESET));
+        });
+    });
+}
+
+/// A receive stops behind descriptors, which recv(2) throws away.
+#[test]
+fn what_follows_on_descriptors_is_not_left_lying() {
+    checked(|| {
+        ringsock::run(|| {
+            let (left, right) = socketpair().unwrap();
+            have_watched(&left, &right);
+            let waiting = wait_in_fiber(&right);
+            let own = left.as_raw_fd();
+            // SAFETY: `left` outlives the borrow.
+            let own = unsafe { BorrowedFd::borrow_raw(own) };
+            left.sendall(b"abc").unwrap();
+            send_fds(&left, &[std::io::IoSlice::new(b"def")], &[own]).unwrap();
+            left.sendall(b"ghi").unwrap();
+            let mut got = Vec::from(waiting.join().unwrap().unwrap());
+            let start = Instant::now();
+            while got.len() < 9 {
+                got.extend_from_slice(&right.recv(100).unwrap());
+            }
+            assert_eq!(got, b"abcdefghi");
+            assert!(
+                start.elapsed() < Duration::from_millis(90),
+                "it was looked for late"
+            );
+        });
+    });
+}
+
+/// A receive stops in front of urgent data, and no event tells of what lies behind it.
+#[test]
+fn what_follows_on_urgent_data_comes_at_the_second_look() {
+    checked(|| {
+        ringsock::run(|| {
+            let (left, right) = tcp_pair();
+            have_watched(&left, &right);
+            left.sendall(b"abc").unwrap();
+            left.send_with(b"!", MSG_OOB).unwrap();
+            left.sendall(b"def").unwrap();
+            // All of it is there before the first receive.
+            sleep(0.02).unwrap();
+            let start = Instant::now();
+            let mut got = Vec::new();
+            while got.len() < 6 {
+                got.extend_from_slice(&right.recv(100).unwrap());
+            }
+            assert_eq!(got, b"abcdef");
+            assert!(start.elapsed() < Duration::from_millis(900));
+        });
+    });
+}
+
+#[test]
+fn urgent_data_that_is_read_ends_the_use_of_the_watch() {
+    checked(|| {
+        ringsock::run(|| {
+            let (left, right) = tcp_pair();
+            have_watched(&left, &right);
+            left.sendall(b"abc").unwrap();
+            left.send_with(b"!", MSG_OOB).unwrap();
+            left.sendall(b"def").unwrap();
+            sleep(0.02).unwrap();
+            assert_eq!(right.recv_with(1, MSG_OOB).unwrap(), b"!");
+            let start = Instant::now();
+            assert_eq!(right.recv(100).unwrap(), b"abc");
+            assert_eq!(right.recv(100).unwrap(), b"def");
+            assert!(start.elapsed() < Duration::from_millis(90));
+        });
+    });
+}
+
+#[test]
+fn closing_wakes_who_waits_and_tells_the_peer() {
+    with_pairs(|left, right| {
+        let waiting = wait_in_fiber(&right);
+        right.close().unwrap();
+        assert_eq!(errno(waiting.join().unwrap()), Some(libc::EBADF));
+        assert_eq!(errno(right.recv(1)), Some(libc::EBADF));
+        left.settimeout(60).unwrap();
+        assert!(left.recv(10).unwrap().is_empty(), "the peer sees the end");
+    });
+}
+
+#[test]
+fn closing_on_another_thread_wakes_who_waits_and_tells_the_peer() {
+    with_pairs(|left, right| {
+        for waits in [true, false] {
+            let (left, right) = if waits {
+                (left.clone(), right.clone())
+            } else {
+                let (left, right) = tcp_pair();
+                have_watched(&left, &right);
+                (left, right)
+            };
+            let waiting = waits.then(|| wait_in_fiber(&right));
+            let closer = right.clone();
+            beside(move || {
+                closer.close().unwrap();
+                left.settimeout(60).unwrap();
+                assert!(left.recv(10).unwrap().is_empty(), "the peer sees the end");
+            })
+            .join();
+            if let Some(waiting) = waiting {
+                assert_eq!(errno(waiting.join().unwrap()), Some(libc::EBADF));
+            }
+        }
+    });
+}
+
+#[test]
+fn dropping_the_last_handle_tells_the_peer_on_any_thread() {
+    with_pairs(|left, right| {
+        drop(right);
+        left.settimeout(60).unwrap();
+        assert!(left.recv(10).unwrap().is_empty());
+        let (left, right) = socketpair().unwrap();
+        have_watched(&left, &right);
+        beside(move || drop(right)).join();
+        left.settimeout(60).unwrap();
+        assert!(left.recv(10).unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_detached_descriptor_is_not_watched_any_more() {
+    with_pairs(|left, right| {
+        let other = right.clone();
+        let fd = right.detach().unwrap();
+        assert_eq!(errno(other.recv(1)), Some(libc::EBADF));
+        drop(fd);
+        left.settimeout(60).unwrap();
+        assert!(left.recv(10).unwrap().is_empty());
+        let (left, right) = socketpair().unwrap();
+        have_watched(&left, &right);
+        let got = reading(right);
+        left.sendall(b"all").unwrap();
+        drop(left);
+        assert_eq!(got.join(), b"all");
+        let (left, right) = socketpair().unwrap();
+        have_watched(&left, &right);
+        let got = beside(move || reading(right).join());
+        left.sendall(b"all").unwrap();
+        drop(left);
+        assert_eq!(got.join(), b"all");
+    });
+}
+
+#[test]
+fn a_socket_outlives_the_worker_that_watched_it() {
+    checked(|| {
+        for pair in [tcp_pair, || socketpair().unwrap()] {
+            let (left, right) = ringsock::run(move || {
+                let (left, right) = pair();
+                have_watched(&left, &right);
+                (left, right)
+            });
+            left.sendall(b"one").unwrap();
+            assert_eq!(right.recv(100).unwrap(), b"one");
+            let (left, right) = ringsock::run(move || {
+                let waiting = wait_in_fiber(&right);
+                left.sendall(b"two").unwrap();
+                assert_eq!(waiting.join().unwrap().unwrap(), b"two");
+                (left, right)
+            });
+            drop(right);
+            left.settimeout(60).unwrap();
+            assert!(left.recv(10).unwrap().is_empty());
+        }
+    });
+}
+
+#[test]
+fn cancel_deadline_timeout_and_shutdown_end_the_wait() {
+    with_pairs(|left, right| {
+        let waiting = wait_in_fiber(&right);
+        waiting.cancel();
+        assert_eq!(waiting.join().unwrap(), Err(Error::Cancelled));
+        let start = Instant::now();
+        assert_eq!(
+            ringsock::timeout(0.03, || right.recv(10)),
+            Err(Error::Timeout)
+        );
+        right.settimeout(0.03).unwrap();
+        assert_eq!(right.recv(10), Err(Error::Timeout));
+        assert!(start.elapsed() >= Duration::from_millis(58));
+        right.setblocking(false).unwrap();
+        assert!(right.recv(10).unwrap_err().is_would_block());
+        left.sendall(b"late").unwrap();
+        sleep(0.002).unwrap();
+        right.settimeout(None).unwrap();
+        assert_eq!(right.recv(10).unwrap(), b"late");
+    });
+    checked(|| {
+        let runtime = Runtime::builder().workers(1);
+        let waiting = runtime
+            .run(|| {
+                let (left, right) = socketpair().unwrap();
+                have_watched(&left, &right);
+                let waiting = spawn(move || (right.recv(10), left));
+                sleep(0.002).unwrap();
+                waiting
+            })
+            .unwrap();
+        assert_eq!(waiting.join().unwrap().0, Err(Error::Shutdown));
+    });
+}
+
+#[test]
+fn two_fibers_two_workers_and_a_thread_share_what_comes() {
+    checked(|| {
+        let runtime = Runtime::builder().workers(2);
+        runtime
+            .run(|| {
+                let (left, right) = tcp_pair();
+                have_watched(&left, &right);
+                let handle = Handle::current().unwrap();
+                let receive = |socket: Socket| {
+                    move || {
+                        let mut count = 0;
+                        loop {
+                            match socket.recv(7).unwrap().len() {
+                                0 => return count,
+                                received => count += received,
+                            }
+                        }
+                    }
+                };
+                let fibers = [0, 0, 1].map(|worker| {
+                    let receive = receive(right.clone());
+                    handle.spawn_on(worker, receive).unwrap()
+                });
+                let thread = beside(receive(right.clone()));
+                for n in 0..2000 {
+                    left.sendall(&[n as u8; 10]).unwrap();
+                    if n % 50 == 0 {
+                        sleep(0.001).unwrap();
+                    }
+                }
+                left.shutdown(SHUT_WR).unwrap();
+                let counts = fibers.map(|fiber| fiber.join().unwrap());
+                let count: usize = counts.iter().sum();
+                assert_eq!(count + thread.join(), 20_000, "{counts:?}");
+            })
+            .unwrap();
+    });
+}
+
+#[test]
+fn watches_survive_overflows_of_the_completion_queue() {
+    checked(|| {
+        let runtime = Runtime::builder().ring_entries(2, 2);
+        runtime
+            .run(|| {
+                let pairs: Vec<_> = (0..64).map(|_| socketpair().unwrap()).collect();
+                for (left, right) in &pairs {
+                    have_watched(left, right);
+                }
+                for round in 0..50u8 {
+                    let waiting: Vec<_> = pairs
+                        .iter()
+                        .map(|(_, right)| {
+                            let right = right.clone();
+                            spawn(move || right.recv(10))
+                        })
+                        .collect();
+                    sleep(0.0005).unwrap();
+                    // All are told at once.
+                    for (left, _) in &pairs {
+                        left.sendall(&[round]).unwrap();
+                    }
+                    for waiting in waiting {
+                        assert_eq!(waiting.join().unwrap().unwrap(), [round]);
+                    }
+                }
+                let metrics = Handle::current().unwrap().metrics()[0];
+                assert_eq!(metrics.cqes_unknown, 0);
+            })
+            .unwrap();
+    });
+}
+
+#[test]
+fn a_forked_child_receives_what_its_parent_watches_and_leaves_the_watch_alone() {
+    checked(|| {
+        ringsock::run(|| {
+            let (left, right) = socketpair().unwrap();
+            have_watched(&left, &right);
+            // SAFETY: the child calls this crate, which is made for it, and ends by _exit.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                let got = std::panic::catch_unwind(|| {
+                    let right = right.clone();
+                    let in_fiber = right.clone();
+                    let first = right.recv(3).unwrap();
+                    let second = ringsock::run(move || in_fiber.recv(3)).unwrap();
+                    drop(right);
+                    (first, second)
+                });
+                let fine = got.is_ok_and(|(first, second)| first == b"one" && second == b"two");
+                // SAFETY: it only ends the process.
+                unsafe { libc::_exit(if fine { 0 } else { 1 }) };
+            }
+            left.sendall(b"onetwo").unwrap();
+            let mut status = 0;
+            let status = beside(move || {
+                // SAFETY: `status` lives through the call; the child is ours.
+                assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+                status
+            })
+            .join();
+            assert_eq!(status, 0);
+            let waiting = wait_in_fiber(&right);
+            left.sendall(b"three").unwrap();
+            assert_eq!(waiting.join().unwrap().unwrap(), b"three");
+        });
+    });
+}
+
+/// Closes, drops and detaches at every moment of a message's way.
+#[test]
+fn races_of_data_and_closers_lose_nothing_and_leave_nothing() {
+    checked(|| {
+        let mut random = Random::new(seed());
+        for _ in 0..300 {
+            let mut random = random.fork();
+            ringsock::run(move || {
+                let (left, right) = if random.below(2) == 0 {
+                    tcp_pair()
+                } else {
+                    socketpair().unwrap()
+                };
+                have_watched(&left, &right);
+                let waiting = (random.below(2) == 0).then(|| wait_in_fiber(&right));
+                let pause = Duration::from_micros(random.below(60));
+                let how = random.below(3);
+                let closer = right.clone();
+                let closing = beside(move || {
+                    thread::sleep(pause);
+                    match how {
+                        0 => closer.close().unwrap(),
+                        1 => drop(closer),
+                        _ => drop(closer.detach()),
+                    }
+                });
+                left.sendall(b"data").unwrap();
+                if let Some(waiting) = waiting {
+                    match waiting.join().unwrap() {
+                        Ok(data) => assert_eq!(data, b"data"),
+                        Err(error) => assert!(error.is_closed(), "{error}"),
+                    }
+                }
+                drop(right);
+                closing.join();
+                left.settimeout(60).unwrap();
+                // The end, or a reset where data was left.
+                match left.recv(10) {
+                    Ok(end) => assert!(end.is_empty()),
+                    Err(error) => assert_eq!(error.errno(), Some(libc::ECONNRESET)),
+                }
+                assert_eq!(watches(), 0);
+            });
+        }
+    });
+}
+
+/// What a peer that is no part of this process sees.
+#[test]
+fn a_plain_peer_talks_with_a_watched_server() {
+    checked(|| {
+        ringsock::run(|| {
+            let (left, right) = socketpair().unwrap();
+            have_watched(&left, &right);
+            let mut peer = UnixStream::from(left.detach().unwrap());
+            let client = beside(move || {
+                let mut got = [0; 16];
+                for n in 0..500u32 {
+                    peer.write_all(format!("{n:16}").as_bytes()).unwrap();
+                    peer.read_exact(&mut got).unwrap();
+                    assert_eq!(got, format!("{n:16}").as_bytes());
+                }
+            });
+            let mut buffer = [0; 100];
+            loop {
+                match right.recv_into(&mut buffer).unwrap() {
+                    0 => break,
+                    n => right.sendall(&buffer[..n]).unwrap(),
+                }
+            }
+            client.join();
+        });
+    });
+}
