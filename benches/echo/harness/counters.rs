@@ -62,6 +62,36 @@ pub struct Hard {
     pub instructions_kernel: f64,
 }
 
+impl Hard {
+    fn each(&self, other: &Hard, with: fn(f64, f64) -> f64) -> Hard {
+        Hard {
+            cycles_user: with(self.cycles_user, other.cycles_user),
+            cycles_kernel: with(self.cycles_kernel, other.cycles_kernel),
+            instructions_user: with(self.instructions_user, other.instructions_user),
+            instructions_kernel: with(self.instructions_kernel, other.instructions_kernel),
+        }
+    }
+
+    pub fn since(&self, before: &Hard) -> Hard {
+        self.each(before, |now, before| now - before)
+    }
+
+    pub fn plus(&self, more: &Hard) -> Hard {
+        self.each(more, |one, other| one + other)
+    }
+
+    /// For each of so many messages.
+    pub fn over(&self, messages: f64) -> Hard {
+        let messages = Hard {
+            cycles_user: messages,
+            cycles_kernel: messages,
+            instructions_user: messages,
+            instructions_kernel: messages,
+        };
+        self.each(&messages, |all, messages| all / messages)
+    }
+}
+
 /// The hardware counters of a process and all threads it starts.
 pub struct HardCounters([Counter; 4]);
 

@@ -58,6 +58,9 @@ pub struct Round {
     pub seconds: f64,
     pub messages_per_second: f64,
     pub cpu_ns: f64,
+    /// What a message cost in each slice of the run, in the run's measure.
+    #[serde(default)]
+    pub slices: Vec<f64>,
     pub hardware: Option<Hard>,
     pub p50_us: f64,
     pub p99_us: f64,
@@ -116,6 +119,21 @@ impl ContenderResult {
             _ => round.cpu_ns,
         };
         self.rounds.iter().map(cost).collect()
+    }
+
+    /// What a message cost in the cheapest slice of each round.
+    pub fn cheapest(&self, measure: Measure) -> Vec<f64> {
+        let costs = self.costs(measure);
+        (self.rounds.iter().zip(costs))
+            .map(|(round, cost)| {
+                round
+                    .slices
+                    .iter()
+                    .copied()
+                    .reduce(f64::min)
+                    .unwrap_or(cost)
+            })
+            .collect()
     }
 
     /// Instructions of a message, user and kernel, in each round that has them.

@@ -20,6 +20,8 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 const STOLEN_MAX: f64 = 0.02;
 /// …but not more often than this.
 const REPEATS_MAX: u32 = 3;
+/// Parts of a timed run, each short enough to fall between two disturbances of the machine now and then.
+const SLICES: u64 = 8;
 /// How long a paced run is, in seconds.
 const PACED_SECONDS: f64 = 0.5;
 
@@ -31,10 +33,9 @@ pub struct Runner {
     pub scratch: PathBuf,
 }
 
-/// What was read before and after the measured messages, and what the load found.
+/// What was read before and after the measured messages, slice by slice, and what the load found.
 struct Window<T> {
-    before: T,
-    after: T,
+    slices: Vec<(T, T)>,
     load: Value,
     peak_rss_kib: f64,
     stolen: f64,
@@ -96,23 +97,33 @@ impl Runner {
             let hard = hard.as_mut().map(HardCounters::read).transpose()?;
             Ok((counters::cpu_time_ns(pid)?, hard))
         };
-        let options = load_options(cell, cell.messages);
+        let mut options = load_options(cell, cell.messages);
+        let slices = slices_of(cell);
+        options.extend(["--slices".into(), slices.to_string().into()]);
         let window = self.window(cell, contender, options, attach, read)?;
         let messages = field(&window.load, "messages")?;
-        let per_message = |pick: fn(&Hard) -> f64| match (&window.before.1, &window.after.1) {
-            (Some(before), Some(after)) => Some((pick(after) - pick(before)) / messages),
-            _ => None,
+        let (mut cpu_ns, mut hardware) = (0.0, Hard::default());
+        let mut costs = Vec::new();
+        for ((cpu_before, before), (cpu_after, after)) in &window.slices {
+            let slice_ns = cpu_after - cpu_before;
+            cpu_ns += slice_ns;
+            let mut cost = slice_ns;
+            if let (Some(before), Some(after)) = (before, after) {
+                let slice = after.since(before);
+                hardware = hardware.plus(&slice);
+                cost = slice.cycles_user + slice.cycles_kernel;
+            }
+            costs.push(cost / (messages / window.slices.len() as f64));
+        }
+        let hardware = match self.measure {
+            Measure::Cycles => Some(hardware.over(messages)),
+            Measure::CpuTime => None,
         };
-        let hardware = per_message(|hard| hard.cycles_user).map(|cycles_user| Hard {
-            cycles_user,
-            cycles_kernel: per_message(|hard| hard.cycles_kernel).unwrap_or_default(),
-            instructions_user: per_message(|hard| hard.instructions_user).unwrap_or_default(),
-            instructions_kernel: per_message(|hard| hard.instructions_kernel).unwrap_or_default(),
-        });
         Ok(Round {
             seconds: field(&window.load, "seconds")?,
             messages_per_second: field(&window.load, "messages_per_second")?,
-            cpu_ns: (window.after.0 - window.before.0) / messages,
+            cpu_ns: cpu_ns / messages,
+            slices: costs,
             hardware,
             p50_us: field(&window.load, "p50_us")?,
             p99_us: field(&window.load, "p99_us")?,
@@ -149,11 +160,11 @@ impl Runner {
         let read = |counters: &mut CallCounters, _| counters.read();
         let window = self.window(cell, contender, options, CallCounters::attach, read)?;
         let messages = field(&window.load, "messages")?;
-        let (before, after) = (window.before, window.after);
-        Ok((
-            (after.0 - before.0) / messages,
-            (after.1 - before.1) / messages,
-        ))
+        let all = |pick: fn(&(f64, f64)) -> f64| -> f64 {
+            let each = window.slices.iter();
+            each.map(|(before, after)| pick(after) - pick(before)).sum()
+        };
+        Ok((all(|read| read.0) / messages, all(|read| read.1) / messages))
     }
 
     /// Bytes per idle connection, from the memory before they come and while they are there.
@@ -218,19 +229,24 @@ impl Runner {
         load.go()?;
         expect(&mut load, "begin")?;
         let stolen = counters::stolen_ticks(&self.cpus)?;
-        let before = read(&mut attached, pid)?;
-        load.go()?;
-        expect(&mut load, "end")?;
-        let after = read(&mut attached, pid)?;
+        let mut slices = Vec::new();
+        let report = loop {
+            let before = read(&mut attached, pid)?;
+            load.go()?;
+            expect(&mut load, "end")?;
+            slices.push((before, read(&mut attached, pid)?));
+            load.go()?;
+            match load.line(LOAD_TIMEOUT)?.as_str() {
+                "begin" => {}
+                line => break parse(line)?,
+            }
+        };
         let stolen = counters::stolen_share(&stolen, &counters::stolen_ticks(&self.cpus)?);
-        load.go()?;
-        let report = parse(&load.line(LOAD_TIMEOUT)?)?;
         load.finish(LOAD_TIMEOUT)?;
         let peak_rss_kib = counters::memory_kib(pid, "VmHWM")?;
         server.stop();
         Ok(Window {
-            before,
-            after,
+            slices,
             load: report,
             peak_rss_kib,
             stolen,
@@ -283,6 +299,14 @@ impl Runner {
 impl Drop for Runner {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.scratch);
+    }
+}
+
+/// In how many parts a timed run of a cell is measured: more than one where the load can stop and go on.
+fn slices_of(cell: &Cell) -> u64 {
+    match (cell.kind, cell.family) {
+        (Kind::Echo, Family::Tcp | Family::Unix) | (Kind::Churn, _) => SLICES,
+        _ => 1,
     }
 }
 

@@ -15,7 +15,11 @@ pub fn compares(cell: &Cell) -> bool {
 /// What `first` costs in a cell against what `second` does.
 pub fn against(run: &Run, cell: &CellResult, first: &str, second: &str) -> Option<Ratio> {
     let costs = |name| Some(cell.contender(name)?.costs(run.measure));
-    stats::ratio(&costs(first)?, &costs(second)?)
+    let cheapest = |name| minimum(&cell.contender(name)?.cheapest(run.measure));
+    Some(Ratio {
+        minimum: cheapest(first)? / cheapest(second)?,
+        ..stats::ratio(&costs(first)?, &costs(second)?)?
+    })
 }
 
 /// What a contender costs against epoll: the better of its two kinds in this cell, by each statistic.
@@ -310,6 +314,6 @@ pub fn agreement(run: &Run, earlier: &Run) -> io::Result<Agreement> {
 
 /// The smallest and the middle of a contender's costs.
 pub fn cost(run: &Run, contender: &ContenderResult) -> Option<(f64, f64)> {
-    let costs = contender.costs(run.measure);
-    Some((minimum(&costs)?, median(&costs)?))
+    let cheapest = contender.cheapest(run.measure);
+    Some((minimum(&cheapest)?, median(&contender.costs(run.measure))?))
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use hdrhistogram::Histogram;
 
 use super::stream::{Common, Stream};
-use super::{Report, Stall, Target, Window, WindowArgs, latencies};
+use super::{Report, Stall, Target, WindowArgs, latencies};
 use crate::sys::{EVENTS, epoll_wait};
 
 /// Options of this load.
@@ -38,9 +38,9 @@ pub fn load(args: &ChurnArgs) -> io::Result<()> {
     let mut latencies = latencies();
     run(args, &mut common, warmup, &mut latencies)?;
     latencies.reset();
-    let window = Window::begin(&args.window)?;
-    run(args, &mut common, args.messages, &mut latencies)?;
-    let measured = window.end(&args.window)?;
+    let measured = args.window.measure(args.messages, |messages| {
+        run(args, &mut common, messages, &mut latencies)
+    })?;
     Report {
         kind: "churn",
         messages: args.messages,

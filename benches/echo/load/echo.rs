@@ -8,7 +8,7 @@ use clap::Args;
 use hdrhistogram::Histogram;
 
 use super::stream::{Common, Stream};
-use super::{Report, Stall, Target, Window, WindowArgs, latencies};
+use super::{Report, Stall, Target, WindowArgs, latencies};
 use crate::sys::{EVENTS, epoll_wait};
 
 /// Options of this load.
@@ -80,9 +80,9 @@ pub fn load(args: &EchoArgs) -> io::Result<()> {
     };
     load.run(warmup)?;
     load.latencies.reset();
-    let window = Window::begin(&args.window)?;
-    load.run(args.messages)?;
-    let measured = window.end(&args.window)?;
+    let measured = args
+        .window
+        .measure(args.messages, |messages| load.run(messages))?;
     Report {
         kind: "echo",
         messages: args.messages,

@@ -112,6 +112,9 @@ pub struct WindowArgs {
     /// Wait for a line on standard input after `begin` and after `end`.
     #[arg(long)]
     wait: bool,
+    /// Measure the messages in so many parts, each with a `begin` and an `end`, where the load can.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
+    slices: u64,
 }
 
 /// The measured window: from `begin` to `end`.
@@ -141,7 +144,30 @@ impl Window {
     }
 }
 
+impl WindowArgs {
+    /// Has so many messages sent in slices, each announced for itself: how long they took together.
+    fn measure(
+        &self,
+        messages: u64,
+        mut send: impl FnMut(u64) -> io::Result<()>,
+    ) -> io::Result<Measured> {
+        let slices = self.slices.min(messages);
+        let mut all = Measured::default();
+        for slice in 0..slices {
+            let from = messages * slice / slices;
+            let to = messages * (slice + 1) / slices;
+            let window = Window::begin(self)?;
+            send(to - from)?;
+            let measured = window.end(self)?;
+            all.seconds += measured.seconds;
+            all.cpu_seconds += measured.cpu_seconds;
+        }
+        Ok(all)
+    }
+}
+
 /// How long a window was, and how much of it the load was busy.
+#[derive(Default)]
 struct Measured {
     seconds: f64,
     cpu_seconds: f64,
