@@ -75,9 +75,6 @@ fn serve(args: &Args) -> ringsock::Result<()> {
     let timeout = args.timeout;
     let buffer_bytes = args.buffer as usize;
     args.listen.serve(move |conn: Socket, _peer: Address| {
-        if conn.family() != AF_UNIX {
-            conn.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)?;
-        }
         if timeout.is_some() {
             conn.settimeout(timeout)?;
         }

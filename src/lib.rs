@@ -52,7 +52,10 @@ pub use resolve::{
     has_ipv6, htonl, htons, if_indextoname, if_nameindex, if_nametoindex, inet_aton, inet_ntoa,
     inet_ntop, inet_pton, ntohl, ntohs, set_lookup_threads, sethostname,
 };
-pub use runtime::{Handle, Runtime, RuntimeBuilder, Server, raise_descriptor_limit, run, serve};
+pub use runtime::{
+    Handle, Runtime, RuntimeBuilder, ServeOptions, Server, raise_descriptor_limit, run, serve,
+    serve_with,
+};
 pub use socket::{
     Afalg, Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, Chunks, CreateConnection,
     CreateServer, Credentials, Incoming, Keepalive, MakeFile, OptionValue, RecvMsg, RecvMsgInto,

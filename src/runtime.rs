@@ -21,7 +21,8 @@ use crossbeam_channel::bounded;
 
 use crate::address::{Address, ToAddress};
 use crate::constants::{
-    AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SO_REUSEPORT, SOCK_STREAM, SOL_SOCKET,
+    AF_INET, AF_INET6, AF_UNIX, IPPROTO_TCP, SO_REUSEADDR, SO_REUSEPORT, SOCK_STREAM, SOL_SOCKET,
+    TCP_NODELAY,
 };
 use crate::driver::features::{self, Features};
 use crate::driver::{Config, Driver};
@@ -691,13 +692,49 @@ impl Handle {
         H: Fn(Socket, Address) -> R + Send + Sync + 'static,
         R: 'static,
     {
-        let listeners = self.listeners(address)?;
+        self.serve_with(address, ServeOptions::default(), handler)
+    }
+
+    /// [`serve`](Handle::serve) with options.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`serve`](Handle::serve).
+    ///
+    /// ```
+    /// use ringsock::ServeOptions;
+    /// use ringsock::prelude::*;
+    ///
+    /// let runtime = ringsock::Runtime::builder().build()?;
+    /// let options = ServeOptions { nodelay: true, ..Default::default() };
+    /// let server = runtime.handle().serve_with(("127.0.0.1", 0), options, |conn, _peer| {
+    ///     assert_eq!(conn.getsockopt(IPPROTO_TCP, TCP_NODELAY)?, 1);
+    ///     conn.sendall(b"Hello, world")
+    /// })?;
+    /// let client = ringsock::create_connection(server.address())?;
+    /// assert_eq!(client.recv(1024)?, b"Hello, world");
+    /// server.stop();
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn serve_with<H, R>(
+        &self,
+        address: impl ToAddress,
+        options: ServeOptions,
+        handler: H,
+    ) -> Result<Server>
+    where
+        H: Fn(Socket, Address) -> R + Send + Sync + 'static,
+        R: 'static,
+    {
+        let listeners = self.listeners(address, options)?;
         let address = listeners[0].getsockname()?;
         let handler = Arc::new(handler);
         let mut fibers = Vec::new();
         for (index, listener) in listeners.into_iter().enumerate() {
             let handler = handler.clone();
-            match self.spawn_on(index, move || accept_all(&listener, &handler)) {
+            match self.spawn_on(index, move || {
+                accept_all(&listener, options.backlog, &handler)
+            }) {
                 Ok(fiber) => fibers.push(fiber),
                 Err(error) => {
                     fibers.iter().for_each(JoinHandle::cancel);
@@ -709,7 +746,7 @@ impl Handle {
     }
 
     /// One listener for each worker.
-    fn listeners(&self, address: impl ToAddress) -> Result<Vec<Socket>> {
+    fn listeners(&self, address: impl ToAddress, options: ServeOptions) -> Result<Vec<Socket>> {
         let (family, mut address) = AF_FAMILIES
             .iter()
             .find_map(|family| Some((*family, address.to_address(*family).ok()?)))
@@ -732,6 +769,9 @@ impl Handle {
             let listener = Socket::new(family, SOCK_STREAM, 0)?;
             if family != AF_UNIX {
                 listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)?;
+                if options.nodelay {
+                    listener.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)?;
+                }
             }
             // The first binds without SO_REUSEPORT, so that a port of another server is not shared with it unnoticed; it takes
             // the option before the others bind.
@@ -743,7 +783,7 @@ impl Handle {
             if !shared && first {
                 listener.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)?;
             }
-            listener.listen(SERVE_BACKLOG)?;
+            listener.listen(options.backlog)?;
             // The others share the port that the first was given.
             address = listener.getsockname()?;
             listeners.push(listener);
@@ -762,6 +802,55 @@ impl fmt::Debug for Handle {
     }
 }
 
+/// What [`serve_with`] may be told.
+///
+/// ```
+/// assert_eq!(ringsock::ServeOptions::default().backlog, 1024);
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct ServeOptions {
+    /// Connections that may wait to be accepted, on each listener; at most `net.core.somaxconn`. Default: 1,024.
+    pub backlog: i32,
+    /// Sets `TCP_NODELAY`: small messages are sent at once. It is set on the listeners, from which connections inherit it, so it costs
+    /// no call for each. AF_UNIX has no such option. Default: false.
+    pub nodelay: bool,
+}
+
+impl Default for ServeOptions {
+    fn default() -> ServeOptions {
+        ServeOptions {
+            backlog: SERVE_BACKLOG,
+            nodelay: false,
+        }
+    }
+}
+
+/// [`Handle::serve_with`] on the runtime of the calling fiber.
+///
+/// # Errors
+///
+/// Those of [`Handle::serve`].
+///
+/// # Panics
+///
+/// Outside a fiber.
+pub fn serve_with<H, R>(
+    address: impl ToAddress,
+    options: ServeOptions,
+    handler: H,
+) -> Result<Server>
+where
+    H: Fn(Socket, Address) -> R + Send + Sync + 'static,
+    R: 'static,
+{
+    match Handle::current() {
+        Some(handle) => handle.serve_with(address, options, handler),
+        None => panic!(
+            "serve works in a fiber only: enter one with ringsock::run, or use Handle::serve"
+        ),
+    }
+}
+
 /// [`Handle::serve`] on the runtime of the calling fiber.
 ///
 /// # Errors
@@ -776,12 +865,7 @@ where
     H: Fn(Socket, Address) -> R + Send + Sync + 'static,
     R: 'static,
 {
-    match Handle::current() {
-        Some(handle) => handle.serve(address, handler),
-        None => panic!(
-            "serve works in a fiber only: enter one with ringsock::run, or use Handle::serve"
-        ),
-    }
+    serve_with(address, ServeOptions::default(), handler)
 }
 
 /// What [`serve`] started. Dropping it lets the server go on for as long as its runtime.
@@ -841,7 +925,7 @@ impl Server {
 }
 
 /// Accepts until cancelled, or until the runtime ends, and then takes what is left in the backlog.
-fn accept_all<H, R>(listener: &Socket, handler: &Arc<H>)
+fn accept_all<H, R>(listener: &Socket, backlog: i32, handler: &Arc<H>)
 where
     H: Fn(Socket, Address) -> R + Send + Sync + 'static,
     R: 'static,
@@ -881,7 +965,7 @@ where
         }
     }
     // As many as the backlog can hold: of those who still come, some are too late.
-    for accepted in 1..=SERVE_BACKLOG {
+    for accepted in 1..=backlog.max(1) {
         match listener.accept_now().and_then(&start) {
             Ok(()) => {}
             Err(error) if error.errno() == Some(libc::ECONNABORTED) => {}

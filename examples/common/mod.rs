@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use ringsock::prelude::{AF_UNIX, Address, IPPROTO_TCP, Socket, TCP_NODELAY};
-use ringsock::{Handle, Runtime, Server, Timeout};
+use ringsock::prelude::{Address, Socket};
+use ringsock::{Handle, Runtime, ServeOptions, Server, Timeout};
 
 /// How long a taken address is tried again. The kernel takes a killed process's ring apart in the background, and the accept on
 /// it keeps the listener open for some milliseconds after the process is gone.
@@ -92,7 +92,7 @@ impl Listen {
     ) -> ringsock::Result<()> {
         self.serve(move |conn: Socket, peer: Address| {
             // This handle of the socket goes last: whoever sees the connection closed finds the reason reported.
-            let served = prepare(&conn, timeout).map_err(Box::from);
+            let served = conn.settimeout(timeout).map_err(Box::from);
             if let Err(error) = served.and_then(|()| handler(conn.clone())) {
                 let peer = match peer.port() {
                     Some(_) => peer.to_string(),
@@ -120,6 +120,10 @@ impl Listen {
         R: 'static,
     {
         let handle = Handle::current().expect("in a fiber");
+        let options = ServeOptions {
+            nodelay: true,
+            ..Default::default()
+        };
         let give_up = Instant::now() + RESTART;
         loop {
             let handler = handler.clone();
@@ -127,9 +131,9 @@ impl Listen {
             let server = match &self.unix {
                 Some(path) => {
                     remove_stale(path);
-                    handle.serve(path.as_path(), handler)
+                    handle.serve_with(path.as_path(), options, handler)
                 }
-                None => handle.serve(self.bind, handler),
+                None => handle.serve_with(self.bind, options, handler),
             };
             match server {
                 Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < give_up => {
@@ -139,13 +143,6 @@ impl Listen {
             }
         }
     }
-}
-
-fn prepare(conn: &Socket, timeout: f64) -> ringsock::Result<()> {
-    if conn.family() != AF_UNIX {
-        conn.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)?;
-    }
-    conn.settimeout(timeout)
 }
 
 /// Removes a socket that nobody listens on any more; anything else stays, and bind reports it.

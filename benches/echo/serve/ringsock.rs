@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::Args;
 use ringsock::prelude::*;
-use ringsock::{CreateServer, Runtime};
+use ringsock::{CreateServer, Runtime, ServeOptions};
 
 use super::fanout::Fanout;
 use super::{ListenArgs, cannot};
@@ -64,9 +64,6 @@ pub fn serve_threads(args: ListenArgs) -> io::Result<()> {
 
 /// What every connection gets.
 fn prepare(conn: &Socket, args: &ListenArgs) -> ringsock::Result<()> {
-    if conn.family() != AF_UNIX {
-        conn.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)?;
-    }
     if args.timeout.is_some() {
         conn.settimeout(args.timeout.map(|timeout| timeout.as_secs_f64()))?;
     }
@@ -124,9 +121,13 @@ fn serve_streams(
         prepare(&conn, &args)?;
         echo(&conn, args.buffer as usize)
     };
+    let options = ServeOptions {
+        backlog: 4096,
+        nodelay: true,
+    };
     let server = match unix {
-        Some(path) => ringsock::serve(path.as_path(), handler)?,
-        None => ringsock::serve(bind, handler)?,
+        Some(path) => ringsock::serve_with(path.as_path(), options, handler)?,
+        None => ringsock::serve_with(bind, options, handler)?,
     };
     announce(server.address())?;
     server.wait();
@@ -146,7 +147,10 @@ fn listen(args: &ListenArgs) -> io::Result<Socket> {
             backlog: Some(4096),
             ..CreateServer::default()
         };
-        ringsock::create_server_with(args.bind, options)?
+        let listener = ringsock::create_server_with(args.bind, options)?;
+        // Connections inherit it, which saves a call for each.
+        listener.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)?;
+        listener
     };
     announce(&listener.getsockname()?)?;
     Ok(listener)
