@@ -40,7 +40,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(crate) use op::{Op, Timespec};
 pub(crate) use slab::{Completion, Key, Waiter};
 pub(crate) use uring::Full;
-pub(crate) use watch::{SECOND_LOOK, WatchId};
+pub(crate) use watch::{SECOND_LOOK, Told, WatchId};
 
 use crate::error::Result;
 use crate::sys;
@@ -406,30 +406,16 @@ impl Driver {
         }
     }
 
-    /// What a watch has told since the last time.
-    #[inline(always)]
-    pub(crate) fn take_events(&mut self, id: WatchId) -> u32 {
-        self.watches.take_events(id)
-    }
-
     /// What a watch told is there still.
     #[inline(always)]
     pub(crate) fn keep_events(&mut self, id: WatchId, events: u32) {
         self.watches.keep_events(id, events);
     }
 
-    /// Starts a wait of the slot that ends with the watch's next event; `None` if another wait has the watch, or it has ended.
+    /// What a watch has told since the last time, or else a wait of the slot that ends with the watch's next event.
     #[inline(always)]
-    pub(crate) fn wait_for_event(&mut self, id: WatchId, slot: u32) -> Option<Key> {
-        if !self.watches.is_armed(id) {
-            return None;
-        }
-        let key = self.slots.begin(slot);
-        if self.watches.attach(id, key) {
-            return Some(key);
-        }
-        self.slots.abandon(key);
-        None
+    pub(crate) fn events_or_wait(&mut self, id: WatchId, slot: u32) -> Told {
+        self.watches.events_or_wait(id, || self.slots.begin(slot))
     }
 
     /// Somebody has seen that there is nothing of what the watch tells of.
@@ -452,13 +438,9 @@ impl Driver {
     fn look_again(&mut self) -> Vec<Waiter> {
         self.look_due = false;
         self.look_armed = false;
-        let ended = |key: Key| {
-            // One that ended otherwise has a fiber that has not come to say so.
-            self.slots.is_waiting(key).then_some(())?;
-            let ended = Completion { res: 0, flags: 0 };
-            self.slots.complete(key.0, ended).map(|(waiter, _)| waiter)
-        };
-        self.watches.look().into_iter().filter_map(ended).collect()
+        // One that ended otherwise has a fiber that has not come to say so.
+        let due = self.watches.look().into_iter();
+        due.filter_map(|key| self.slots.end_wait(key)).collect()
     }
 
     /// The wait `key` for an event has ended otherwise.
@@ -605,12 +587,21 @@ impl Driver {
             self.notice(user_data, completion);
             return None;
         }
-        let key = self.watches.complete(user_data, completion)?;
-        // It may have ended otherwise, and its fiber not have come to say so.
-        if !self.slots.is_waiting(key) {
-            return None;
+        let (key, events) = self.watches.complete(user_data, completion)?;
+        match self.slots.end_wait(key) {
+            Some(waiter) => {
+                let told = Completion {
+                    res: events as i32,
+                    flags: 0,
+                };
+                Some((waiter, told))
+            }
+            None => {
+                // It ended otherwise, and its fiber has not come to say so.
+                self.watches.keep_events(WatchId(user_data), events);
+                None
+            }
         }
-        self.slots.complete(key.0, Completion { res: 0, flags: 0 })
     }
 
     /// A CQE no slot waits for. Timers need nothing further; a cancel that missed is repeated; a bell that could not be rung by

@@ -133,8 +133,8 @@ impl Slots {
 
     /// Takes back a [`begin`](Slots::begin) nothing was submitted for.
     pub(crate) fn abandon(&mut self, key: Key) {
-        let finished = self.complete(key.0, Completion { res: 0, flags: 0 });
-        debug_assert!(finished.is_some(), "an operation that never began");
+        let waiter = self.end_wait(key);
+        debug_assert!(waiter.is_some(), "an operation that never began");
     }
 
     /// Whether the operation is still awaited.
@@ -161,6 +161,18 @@ impl Slots {
             }
             _ => self.complete_rest(key, completion),
         }
+    }
+
+    /// Ends the wait `key`, unless it has ended otherwise: its waiter.
+    #[inline(always)]
+    pub(crate) fn end_wait(&mut self, key: Key) -> Option<Waiter> {
+        let slot = self.slab.get_mut(key.index())?;
+        if slot.key != key {
+            return None;
+        }
+        slot.key = Key::NONE;
+        self.waiting -= 1;
+        Some(slot.waiter)
     }
 
     /// CQEs of operations with several, and those nobody waits for.

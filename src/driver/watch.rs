@@ -37,7 +37,18 @@ pub(super) const WATCH_FIRST: u32 = 1 << 31;
 const RESERVED: usize = 1024;
 
 /// What ends a wait for want of an event: no event of poll(2) has this bit.
-pub(crate) const SECOND_LOOK: u32 = 1 << 31;
+pub(crate) const SECOND_LOOK: u32 = 1 << 30;
+
+/// What somebody learns who wants to wait.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Told {
+    /// This has been told already.
+    Events(u32),
+    /// The wait that the next event ends, with the events as its result.
+    Waits(Key),
+    /// The watch has ended, or another one waits.
+    Unwatched,
+}
 
 /// Names a watch of one driver: its `user_data`. 0 names none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -68,6 +79,18 @@ enum Phase {
     /// The last CQE has come unasked.
     Ended,
     Ending,
+}
+
+impl Watch {
+    /// Gives the events to who waits for them.
+    #[inline(always)]
+    fn hand_over(&mut self) -> Option<(Key, u32)> {
+        if self.waiting == Key::NONE {
+            return None;
+        }
+        let waiting = std::mem::replace(&mut self.waiting, Key::NONE);
+        Some((waiting, std::mem::take(&mut self.events)))
+    }
 }
 
 /// The watches of one driver.
@@ -118,43 +141,32 @@ impl Watches {
         }
     }
 
-    /// Whether events still come.
-    #[inline(always)]
-    pub(super) fn is_armed(&mut self, id: WatchId) -> bool {
-        self.get(id)
-            .is_some_and(|watch| watch.phase == Phase::Armed)
-    }
-
-    /// What has been told since the last time.
-    #[inline(always)]
-    pub(super) fn take_events(&mut self, id: WatchId) -> u32 {
-        self.get(id)
-            .map_or(0, |watch| std::mem::take(&mut watch.events))
-    }
-
     /// There are these events still.
-    #[inline(always)]
+    #[inline]
     pub(super) fn keep_events(&mut self, id: WatchId, events: u32) {
         if let Some(watch) = self.get(id) {
             watch.events |= events;
         }
     }
 
-    /// Lets the next event end the wait `key`. False if another one is attached.
+    /// What has been told, or else a wait, which `begin` names, for the next event.
     #[inline(always)]
-    pub(super) fn attach(&mut self, id: WatchId, key: Key) -> bool {
+    pub(super) fn events_or_wait(&mut self, id: WatchId, begin: impl FnOnce() -> Key) -> Told {
         let look = self.look;
-        match self.get(id) {
-            Some(watch) if watch.waiting == Key::NONE => {
-                watch.waiting = key;
-                watch.look = look;
-                if !watch.seen_empty {
-                    self.wants_look = true;
-                }
-                true
-            }
-            _ => false,
+        let Some(watch) = self.get(id) else {
+            return Told::Unwatched;
+        };
+        if watch.events != 0 {
+            return Told::Events(std::mem::take(&mut watch.events));
         }
+        if watch.phase != Phase::Armed || watch.waiting != Key::NONE {
+            return Told::Unwatched;
+        }
+        let key = begin();
+        watch.waiting = key;
+        watch.look = look;
+        self.wants_look |= !watch.seen_empty;
+        Told::Waits(key)
     }
 
     /// Somebody has seen that there is nothing.
@@ -184,7 +196,6 @@ impl Watches {
             if watch.look == this {
                 self.wants_look = true;
             } else {
-                watch.events |= SECOND_LOOK;
                 due.push(std::mem::replace(&mut watch.waiting, Key::NONE));
             }
         }
@@ -221,32 +232,35 @@ impl Watches {
         self.get(id).is_none()
     }
 
-    /// Takes a CQE of a watch: the wait that it ends. (A CQE of a watch that is gone says nothing.)
+    /// Takes a CQE of a watch: the wait that it ends, and what it tells. (A CQE of a watch that is gone says nothing.)
     #[inline(always)]
-    pub(super) fn complete(&mut self, user_data: u64, completion: Completion) -> Option<Key> {
+    pub(super) fn complete(
+        &mut self,
+        user_data: u64,
+        completion: Completion,
+    ) -> Option<(Key, u32)> {
         let watch = self.get(WatchId(user_data))?;
         if completion.flags & CQE_F_MORE == 0 {
             return self.ended(WatchId(user_data), completion);
         }
-        let waiting = std::mem::replace(&mut watch.waiting, Key::NONE);
-        watch.events |= completion.res as u32;
         watch.seen_empty = false;
-        (waiting != Key::NONE).then_some(waiting)
+        watch.events |= completion.res as u32;
+        watch.hand_over()
     }
 
     #[cold]
-    fn ended(&mut self, id: WatchId, completion: Completion) -> Option<Key> {
+    fn ended(&mut self, id: WatchId, completion: Completion) -> Option<(Key, u32)> {
         let watch = self.get(id)?;
-        let waiting = std::mem::replace(&mut watch.waiting, Key::NONE);
+        // What else it would have told is not known: whoever looks looks at everything.
+        let told = u32::try_from(completion.res).unwrap_or(0);
+        watch.events |= told | libc::POLLIN as u32 | libc::POLLERR as u32;
+        let waiting = watch.hand_over();
         if watch.phase == Phase::Ending {
             self.slab.remove(id.index());
         } else {
             watch.phase = Phase::Ended;
-            // What else it would have told is not known: whoever looks looks at everything.
-            let told = u32::try_from(completion.res).unwrap_or(0);
-            watch.events |= told | libc::POLLIN as u32 | libc::POLLERR as u32;
         }
-        (waiting != Key::NONE).then_some(waiting)
+        waiting
     }
 
     /// Those that are armed.
@@ -288,29 +302,50 @@ mod tests {
 
     const IN: u32 = libc::POLLIN as u32;
 
+    fn wait(watches: &mut Watches, id: WatchId, n: u64) -> Told {
+        watches.events_or_wait(id, || Key(n << 32))
+    }
+
+    fn take_events(watches: &mut Watches, id: WatchId) -> u32 {
+        match wait(watches, id, 99) {
+            Told::Events(events) => events,
+            Told::Waits(key) => {
+                watches.detach(id, key);
+                0
+            }
+            Told::Unwatched => 0,
+        }
+    }
+
     #[test]
-    fn an_event_ends_the_wait_that_is_attached_and_is_kept_for_the_next_look() {
+    fn an_event_goes_to_who_waits_or_is_kept_for_the_next_look() {
         let mut watches = Watches::default();
         let id = watches.begin().unwrap();
         assert_eq!(watches.complete(id.0, event(libc::POLLIN)), None);
-        assert_eq!((watches.take_events(id), watches.take_events(id)), (IN, 0));
+        assert_eq!(wait(&mut watches, id, 1), Told::Events(IN));
         let key = Key(1 << 32);
-        assert!(watches.attach(id, key));
-        assert!(!watches.attach(id, Key(2 << 32)), "one waits already");
-        assert_eq!(watches.complete(id.0, event(libc::POLLIN)), Some(key));
+        assert_eq!(wait(&mut watches, id, 1), Told::Waits(key));
+        assert_eq!(wait(&mut watches, id, 2), Told::Unwatched, "one waits");
+        assert_eq!(watches.complete(id.0, event(libc::POLLIN)), Some((key, IN)));
         assert_eq!(watches.complete(id.0, event(libc::POLLRDHUP)), None);
-        assert_eq!(watches.take_events(id), IN | libc::POLLRDHUP as u32);
+        watches.keep_events(id, IN);
+        assert_eq!(take_events(&mut watches, id), IN | libc::POLLRDHUP as u32);
+        assert_eq!(wait(&mut watches, id, 3), Told::Waits(Key(3 << 32)));
+        watches.detach(id, Key(3 << 32));
+        assert_eq!(wait(&mut watches, id, 4), Told::Waits(Key(4 << 32)));
     }
 
     #[test]
     fn a_watch_that_ends_by_itself_has_everything_looked_at() {
         let mut watches = Watches::default();
         let id = watches.begin().unwrap();
-        let key = Key(1 << 32);
-        assert!(watches.attach(id, key));
-        assert_eq!(watches.complete(id.0, last(-libc::ENOMEM)), Some(key));
-        assert!(!watches.is_armed(id));
-        assert_eq!(watches.take_events(id), IN | libc::POLLERR as u32);
+        let Told::Waits(key) = wait(&mut watches, id, 1) else {
+            panic!("it does not wait");
+        };
+        let everything = IN | libc::POLLERR as u32;
+        let ended = last(-libc::ENOMEM);
+        assert_eq!(watches.complete(id.0, ended), Some((key, everything)));
+        assert_eq!(wait(&mut watches, id, 2), Told::Unwatched);
         assert!(!watches.begin_end(id), "no last CQE is to come");
         assert!(watches.is_gone(id));
     }
@@ -320,20 +355,22 @@ mod tests {
         let mut watches = Watches::default();
         let id = watches.begin().unwrap();
         let key = |n: u64| Key(n << 32);
-        assert!(watches.attach(id, key(1)));
+        assert_eq!(wait(&mut watches, id, 1), Told::Waits(key(1)));
         assert!(!watches.wants_look(), "arming has looked");
-        assert_eq!(watches.complete(id.0, event(libc::POLLIN)), Some(key(1)));
-        assert_eq!(watches.take_events(id), IN);
+        let told = watches.complete(id.0, event(libc::POLLIN));
+        assert_eq!(told, Some((key(1), IN)));
         // A short receive, and on.
-        assert!(watches.attach(id, key(2)) && watches.wants_look());
+        assert_eq!(wait(&mut watches, id, 2), Told::Waits(key(2)));
+        assert!(watches.wants_look());
         assert_eq!(watches.look(), []);
         assert!(watches.wants_look(), "it has not waited for a whole look");
         assert_eq!(watches.look(), [key(2)]);
-        assert_eq!(watches.take_events(id), SECOND_LOOK);
         watches.found_nothing(id);
-        assert!(watches.attach(id, key(3)) && !watches.wants_look());
+        assert_eq!(wait(&mut watches, id, 3), Told::Waits(key(3)));
+        assert!(!watches.wants_look());
         assert_eq!((watches.look(), watches.look()), (vec![], vec![]));
-        assert_eq!(watches.complete(id.0, event(libc::POLLIN)), Some(key(3)));
+        let told = watches.complete(id.0, event(libc::POLLIN));
+        assert_eq!(told, Some((key(3), IN)));
     }
 
     #[test]
@@ -348,11 +385,11 @@ mod tests {
         let new = watches.begin().unwrap();
         assert_eq!(new.index(), old.index(), "the slab reuses the index");
         assert_eq!(watches.complete(old.0, event(libc::POLLIN)), None);
-        assert_eq!(watches.take_events(old), 0);
-        assert!(!watches.attach(old, Key(1 << 32)));
+        assert_eq!(take_events(&mut watches, old), 0);
+        assert_eq!(wait(&mut watches, old, 1), Told::Unwatched);
         watches.detach(old, Key::NONE);
-        assert!(watches.is_armed(new) && !watches.is_armed(old));
-        assert_eq!(watches.take_events(new), 0);
+        assert_eq!(take_events(&mut watches, new), 0);
+        assert_eq!(watches.count(), 1);
         watches.abandon(new);
         assert!(watches.is_gone(new));
     }

@@ -58,7 +58,7 @@ pub(crate) struct InFlight {
     keys: [AtomicU64; 2],
     /// The owner's watch of the socket, or 0. Written by the owner's thread only.
     watch: AtomicU64,
-    /// Receives of the owner's that waited on the ring, as far as they count.
+    /// Without a watch, receives of the owner's that waited; with one, how many may come at a bad time for it.
     waits: AtomicU8,
     /// The socket is not to be watched.
     unwatchable: AtomicBool,
@@ -149,6 +149,18 @@ impl InFlight {
         let waits = self.waits.load(Ordering::Relaxed).saturating_add(1);
         self.waits.store(waits, Ordering::Relaxed);
         waits
+    }
+
+    /// On the owner's thread: a receive comes at a bad time for the watch. How many may still do so.
+    pub(crate) fn count_busy(&self) -> u8 {
+        let left = self.waits.load(Ordering::Relaxed).saturating_sub(1);
+        self.waits.store(left, Ordering::Relaxed);
+        left
+    }
+
+    /// On the owner's thread: receives count from here on.
+    pub(crate) fn set_waits(&self, waits: u8) {
+        self.waits.store(waits, Ordering::Relaxed);
     }
 
     /// From now on events do not tell enough of the socket: no watch begins, and one there is is not used any more.

@@ -34,7 +34,7 @@ use super::stack::{STACK_BYTES_MIN, StackPool};
 use super::{AbortOnUnwind, DriverCell, FiberRef, State, interrupt};
 use crate::buf::lease::Pool;
 use crate::driver::features::Features;
-use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Waiter, WatchId};
+use crate::driver::{Bell, Completion, Driver, Full, Key, Op, SECOND_LOOK, Waiter, WatchId};
 use crate::error::{Error, Result};
 use crate::log::log;
 use crate::metrics::Counts;
@@ -48,6 +48,9 @@ const DIRECT_CALLS_MAX: u32 = 16;
 /// any more: 1,024 connections of 64 bytes cost 6,499 ns an echo that way on TCP and 2,554 on Unix sockets, through the ring 5,808
 /// and 2,472, and 64 connections as much one way as the other.
 const CROWD: u64 = 128;
+
+/// A turn that serves no more fibers than this is quiet: whoever lets the others go first comes back too soon to find anything.
+const QUIET: u64 = 8;
 
 /// How many values a fiber may pass through channels before it lets the others go first.
 const UNWAITED_CALLS_MAX: u32 = 128;
@@ -154,6 +157,8 @@ pub(crate) struct Worker {
     spawned: Cell<u64>,
     /// The last turn served more than [`CROWD`] fibers.
     crowded: Cell<bool>,
+    /// It served no more than [`QUIET`].
+    quiet: Cell<bool>,
     direct_calls: Cell<u32>,
     unwaited_calls: Cell<u32>,
     fork_mark: &'static AtomicU32,
@@ -188,6 +193,7 @@ impl Worker {
             switches: Cell::new(0),
             spawned: Cell::new(0),
             crowded: Cell::new(false),
+            quiet: Cell::new(true),
             direct_calls: Cell::new(0),
             unwaited_calls: Cell::new(0),
             fork_mark: sys::fork_mark(),
@@ -269,6 +275,12 @@ impl Worker {
     /// Runs `then` once a watch that did not end at once is gone.
     pub(super) fn when_watch_gone(&self, id: WatchId, then: impl FnOnce() + 'static) {
         self.ending.borrow_mut().push((id, Box::new(then)));
+    }
+
+    /// Whether the last turn served very few fibers.
+    #[inline]
+    pub(super) fn is_quiet(&self) -> bool {
+        self.quiet.get()
     }
 
     /// Whether the last turn served very many fibers.
@@ -570,12 +582,16 @@ impl Worker {
         self.reap();
         for waiter in self.driver.with(|driver| driver.look()) {
             let fiber = FiberRef::from_waiter(waiter);
-            fiber.completion.set(Completion { res: 0, flags: 0 });
+            fiber.completion.set(Completion {
+                res: SECOND_LOOK as i32,
+                flags: 0,
+            });
             self.make_ready(fiber);
         }
         self.tell_of_ended();
         let served = self.switches.get() - served_before;
         self.crowded.set(served > CROWD);
+        self.quiet.set(served <= QUIET);
         self.turns.set(self.turns.get() + 1);
         if self.turns.get().is_multiple_of(PUBLISH_TURNS) {
             self.publish();

@@ -29,10 +29,13 @@ use std::os::fd::RawFd;
 use super::inflight::{Direction, InFlight};
 use super::scheduler::Worker;
 use super::{FiberRef, State, current, interrupted, yield_fiber};
-use crate::driver::{SECOND_LOOK, WatchId};
+use crate::driver::{Key, SECOND_LOOK, Told, WatchId};
 
 /// After so many receives that waited on the ring a socket is watched: connections that come for one request and go are not.
 const WAITS_MIN: u8 = 4;
+
+/// So many receives while the worker has much to do, and the watch is ended: then an event costs more than it saves.
+const BUSY_MAX: u8 = 64;
 
 /// Events after which a short receive need not have taken all.
 const DIVIDED: u32 = (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) as u32;
@@ -68,8 +71,18 @@ impl<'a> Watched<'a> {
         })
     }
 
-    /// [`of`](Watched::of), of a socket on which a receive waits, with a new watch if it has done so often enough.
+    /// [`of`](Watched::of), of a socket on which a receive waits, with a new watch if that has happened often enough while the
+    /// worker had little to do.
     #[inline(never)]
+    pub(crate) fn begin_if_quiet(inflight: &'a InFlight, fd: RawFd) -> Option<Watched<'a>> {
+        let (worker, _) = current()?;
+        if !worker.is_quiet() {
+            return None;
+        }
+        Watched::begin(inflight, fd)
+    }
+
+    /// [`of`](Watched::of), with a new watch if receives have waited often enough.
     pub(crate) fn begin(inflight: &'a InFlight, fd: RawFd) -> Option<Watched<'a>> {
         if inflight.watch().is_some() {
             return Watched::of(inflight);
@@ -78,72 +91,73 @@ impl<'a> Watched<'a> {
         if !inflight.is_owned_by(worker) || inflight.is_closed() || !inflight.is_watchable() {
             return None;
         }
-        // In a crowd a receive on the ring costs no more, and brings its data along.
-        if worker.is_crowded() {
-            return None;
-        }
         if inflight.count_wait() < WAITS_MIN {
             return None;
         }
         let id = worker.driver.with(|driver| driver.watch(fd))?;
         inflight.set_watch(Some(id));
+        inflight.set_waits(BUSY_MAX);
         Watched::of(inflight)
+    }
+
+    /// Whether a receive is better off with the watch. After many on a worker with much to do, it is ended.
+    #[inline(always)]
+    pub(crate) fn pays(&self) -> bool {
+        self.worker.is_quiet() || self.pays_still()
+    }
+
+    #[inline(never)]
+    fn pays_still(&self) -> bool {
+        if self.inflight.count_busy() > 0 {
+            return true;
+        }
+        end_here(self.inflight);
+        false
     }
 
     /// Waits until there may be something to receive: what was told.
     #[inline(always)]
     pub(crate) fn events(&self) -> Result<u32, NoEvents> {
-        let events = self
-            .worker
+        let (worker, fiber) = (self.worker, self.fiber);
+        let told = worker
             .driver
-            .with(|driver| driver.take_events(self.id));
-        if events == 0 {
-            return self.wait();
+            .with(|driver| driver.events_or_wait(self.id, fiber.slot));
+        match told {
+            Told::Waits(key) => self.wait(key),
+            Told::Events(events) if worker.may_call_again() => Ok(events),
+            Told::Events(events) => self.in_turn(events),
+            Told::Unwatched => Err(NoEvents::Unwatched),
         }
-        if !self.worker.may_call_again() {
-            return self.in_turn(events);
-        }
-        Ok(events)
     }
 
     /// Lets the others go first, after many calls in a row.
     #[cold]
     #[inline(never)]
     fn in_turn(&self, events: u32) -> Result<u32, NoEvents> {
-        self.keep(events);
         yield_fiber(self.worker, self.fiber);
         if self.fiber.interrupt.get() != 0 {
+            self.keep(events);
             return Err(NoEvents::Unwatched);
         }
-        match self
-            .worker
-            .driver
-            .with(|driver| driver.take_events(self.id))
-        {
-            0 => self.wait(),
-            events => Ok(events),
-        }
+        Ok(events)
     }
 
     #[inline(always)]
-    fn wait(&self) -> Result<u32, NoEvents> {
+    fn wait(&self, key: Key) -> Result<u32, NoEvents> {
         let (worker, fiber) = (self.worker, self.fiber);
-        let key = worker
-            .driver
-            .with(|driver| driver.wait_for_event(self.id, fiber.slot))
-            .ok_or(NoEvents::Unwatched)?;
         fiber.key.set(key);
         fiber.state.set(State::Watching);
         let place = self.inflight.enter(worker, key, Direction::In);
         fiber.switch_out();
         self.inflight.leave(worker, place, key, Direction::In);
-        if fiber.completion.get().res < 0 {
+        let told = fiber.completion.get().res;
+        if told < 0 {
             worker
                 .driver
                 .with(|driver| driver.forgo_event(self.id, key));
             return Err(NoEvents::Ended(self.ended_early()));
         }
-        Ok(worker.driver.with(|driver| driver.take_events(self.id)))
+        Ok(told as u32)
     }
 
     /// Who ended the wait.

@@ -18,7 +18,7 @@ impl Socket {
         if self.timeout_ns() != BLOCKING {
             return None;
         }
-        Watched::of(&self.0.inflight)
+        Watched::of(&self.0.inflight).filter(Watched::pays)
     }
 
     /// [`watched`](Socket::watched), for a receive that has to wait: with a new watch if it is not the first.
@@ -26,7 +26,7 @@ impl Socket {
         if timeout_ns != BLOCKING || !self.is_plain_stream() {
             return None;
         }
-        Watched::begin(&self.0.inflight, self.0.fd)
+        Watched::begin_if_quiet(&self.0.inflight, self.0.fd)
     }
 
     /// [`begin_watch`](Socket::begin_watch), for one who receives by plain calls, whatever the socket's timeout is.
