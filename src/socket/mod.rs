@@ -646,7 +646,9 @@ impl Socket {
     /// A receive in a fiber, into a buffer that is taken once there is something to put into it.
     #[inline(always)]
     fn recv_lease(&self, bufsize: usize) -> Result<Buf> {
-        if let Some(received) = self.recv_lease_watched(bufsize) {
+        if self.0.inflight.watch().is_some()
+            && let Some(received) = self.recv_lease_watched(bufsize)
+        {
             return received;
         }
         match fiber::receive_in_turn(self.0.fd, bufsize) {
@@ -812,9 +814,9 @@ impl Socket {
             return Ok(0);
         }
         let flags = self.flags_for_ring(flags);
-        if flags == 0
-            && let Some(watched) = self.watched()
-            && let Some(code) = self.recv_watched(&watched, buffer)
+        if self.0.inflight.watch().is_some()
+            && flags == 0
+            && let Some(code) = self.recv_if_watched(buffer)
         {
             return transferred(code);
         }

@@ -45,6 +45,13 @@ impl Socket {
         inner.kind == SOCK_STREAM && (is_tcp || inner.family == AF_UNIX)
     }
 
+    /// Receives into `buffer` if the socket is watched: the bytes or a code.
+    // Out of line, so that receives of sockets that are not are as short as ever.
+    #[inline(never)]
+    pub(super) fn recv_if_watched(&self, buffer: &mut [MaybeUninit<u8>]) -> Option<i32> {
+        self.recv_watched(&self.watched()?, buffer)
+    }
+
     /// Receives into `buffer`: the bytes or a code; `None` if the ring has to do it.
     #[inline]
     pub(super) fn recv_watched(
@@ -70,7 +77,7 @@ impl Socket {
 
     /// Receives at most `bufsize` bytes into a buffer that is taken once there are any; `None` if the ring has to do it.
     // Functions of their own, so that a fiber that waits otherwise has none of this on its stack.
-    #[inline]
+    #[inline(never)]
     pub(super) fn recv_lease_watched(&self, bufsize: usize) -> Option<Result<Buf>> {
         self.recv_lease_by(&self.watched()?, bufsize)
     }
