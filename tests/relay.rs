@@ -1334,3 +1334,74 @@ fn a_socket_of_another_owner_is_relayed() {
         assert_eq!(relayed.a_to_b, 100_000);
     });
 }
+
+/// Time stamps of what is sent come by the socket's error queue, which recv(2) does not empty: poll(2) says POLLERR for as long as
+/// there is one.
+#[test]
+fn what_lies_in_an_error_queue_keeps_no_relay_busy() {
+    alone("what_lies_in_an_error_queue_keeps_no_relay_busy", || {
+        ringsock::run(|| {
+            for mode in MODES {
+                let (client, a) = tcp();
+                let (server, b) = tcp();
+                let software = libc::SOF_TIMESTAMPING_TX_SOFTWARE | libc::SOF_TIMESTAMPING_SOFTWARE;
+                for socket in [&a, &b] {
+                    socket
+                        .setsockopt(SOL_SOCKET, libc::SO_TIMESTAMPING, software as i32)
+                        .unwrap();
+                }
+                let options = RelayOptions {
+                    mode,
+                    ..Default::default()
+                };
+                let relay = start(&a, &b, options);
+                let peers = thread::spawn(move || {
+                    for n in 0..200 {
+                        for (mut from, mut to) in [(&client, &server), (&server, &client)] {
+                            from.write_all(&[n; 100]).unwrap();
+                            let mut got = [0; 100];
+                            to.read_exact(&mut got).unwrap();
+                            assert_eq!(got, [n; 100]);
+                        }
+                    }
+                    (client, server)
+                });
+                while !peers.is_finished() {
+                    sleep(0.01).unwrap();
+                }
+                let (client, server) = peers.join().unwrap();
+                let has_reports = |socket: &Socket| {
+                    let mut poll = libc::pollfd {
+                        fd: socket.as_raw_fd(),
+                        events: 0,
+                        revents: 0,
+                    };
+                    // SAFETY: one pollfd, which lives through the call.
+                    assert!(unsafe { libc::poll(&mut poll, 1, 0) } >= 0);
+                    poll.revents & libc::POLLERR != 0
+                };
+                let operations = || ringsock::Handle::current().unwrap().metrics()[0].operations;
+                sleep(0.05).unwrap();
+                let before = operations();
+                sleep(0.3).unwrap();
+                let idle = operations() - before;
+                assert!(idle < 20, "{idle} operations for nothing, {mode:?}");
+                assert!(!has_reports(&a) && !has_reports(&b), "{mode:?}");
+                // And it goes on as before, with what is sent while one way has no room too.
+                let sender = thread::spawn(move || {
+                    thread::scope(|scope| {
+                        scope.spawn(|| send_random(&client, 5, 4 << 20));
+                        scope.spawn(|| send_random(&server, 6, 4 << 20));
+                        scope.spawn(|| expect_random(&client, 6, 4 << 20));
+                        expect_random(&server, 5, 4 << 20);
+                    });
+                });
+                assert_eq!(relay.join().unwrap().ended, RelayEnd::Closed);
+                while !sender.is_finished() {
+                    sleep(0.01).unwrap();
+                }
+                sender.join().unwrap();
+            }
+        });
+    });
+}
