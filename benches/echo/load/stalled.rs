@@ -1,4 +1,4 @@
-//! The closed loop twice: alone, and beside connections that send until nobody takes any more and never read.
+//! The closed loop twice: alone, and beside connections that send and never read what comes back.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -37,6 +37,9 @@ pub struct StalledArgs {
 
 /// The receive buffer of a stalled connection: small, for what they all hold is the kernel's memory.
 const RECEIVE_BYTES: i32 = 4096;
+/// As much as stalls a reader behind a proxy: the kernel keeps some 450 KiB of a connection on one machine. Not all that each would
+/// take: that is so much that the kernel runs short of memory for TCP, which slows down everyone.
+const SEND_MAX: usize = 640 << 10;
 /// A round in which all of them together send no more is the last but so many.
 const QUIET_ROUNDS: u32 = 10;
 /// The longest they may go on sending.
@@ -88,16 +91,20 @@ pub fn load(args: &StalledArgs) -> io::Result<()> {
     .print(&args.window)
 }
 
-/// Sends on all of them until nobody takes any more: how much that was.
+/// Sends on all of them, as much as they take: how much that was.
 fn fill(stalled: &[RawFd]) -> io::Result<u64> {
     let give_up = Instant::now() + FILL;
     let bytes = vec![0x55; 64 << 10];
+    let mut left = vec![SEND_MAX; stalled.len()];
     let (mut sent, mut quiet) = (0, 0);
     while quiet < QUIET_ROUNDS {
         let before = sent;
-        for &fd in stalled {
-            match send(fd, &bytes) {
-                taken if taken >= 0 => sent += taken as u64,
+        for (&fd, left) in stalled.iter().zip(&mut left).filter(|(_, left)| **left > 0) {
+            match send(fd, &bytes[..bytes.len().min(*left)]) {
+                taken if taken >= 0 => {
+                    *left -= taken as usize;
+                    sent += taken as u64;
+                }
                 error if -error as i32 == libc::EAGAIN => {}
                 error => return Err(io::Error::from_raw_os_error(-error as i32)),
             }
