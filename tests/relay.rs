@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -754,18 +754,26 @@ fn a_busy_relay_can_be_cancelled_and_does_not_hold_up_others() {
     checked(|| {
         let stop = Arc::new(AtomicBool::new(false));
         let mut pumps = Vec::new();
+        let arrived = Arc::new(AtomicU64::new(0));
         let mut pump = |mut from: UnixStream, mut to: UnixStream| {
             let stopped = stop.clone();
+            let arrived = arrived.clone();
             pumps.push(thread::spawn(move || {
                 let chunk = vec![1; 1 << 18];
                 while !stopped.load(Ordering::Relaxed) && from.write_all(&chunk).is_ok() {}
             }));
             pumps.push(thread::spawn(move || {
                 let mut chunk = vec![0; 1 << 18];
-                while to.read(&mut chunk).is_ok_and(|n| n > 0) {}
+                while let Ok(n) = to.read(&mut chunk)
+                    && n > 0
+                {
+                    arrived.fetch_add(n as u64, Ordering::Relaxed);
+                }
             }));
         };
         for mode in MODES {
+            let arrived = arrived.clone();
+            arrived.store(0, Ordering::Relaxed);
             // AF_UNIX: the peers are faster than the relay, so it always finds something.
             let (client, a) = connection(Kind::Unix).unwrap();
             let (server, b) = connection(Kind::Unix).unwrap();
@@ -797,7 +805,12 @@ fn a_busy_relay_can_be_cancelled_and_does_not_hold_up_others() {
                 );
                 drop(left);
                 echo.join().unwrap();
-                sleep(0.1).unwrap();
+                // On a busy machine the peers take their time.
+                let give_up = Instant::now() + PEER_LIMIT;
+                while arrived.load(Ordering::Relaxed) <= 1 << 20 {
+                    assert!(Instant::now() < give_up, "too little arrives");
+                    sleep(0.01).unwrap();
+                }
                 relay.cancel();
                 let relayed = relay.join().unwrap();
                 assert_eq!(relayed.ended, RelayEnd::Cancelled);
@@ -1155,8 +1168,16 @@ fn what_is_stranded_in_a_pipe_is_in_nobody_elses_way() {
                 let (client, a) = socketpair().unwrap();
                 let (b, server) = socketpair().unwrap();
                 let relay = start(&a, &b, options);
-                client.settimeout(0.01).unwrap();
-                while client.send(&[1; 1 << 16]).is_ok() {}
+                client.settimeout(0).unwrap();
+                // The relay has its turn while this fiber sleeps: it is stalled when there is still no room afterwards.
+                let mut full = 0;
+                while full < 3 {
+                    match client.send(&[1; 1 << 16]) {
+                        Ok(_) => full = 0,
+                        Err(_) => full += 1,
+                    }
+                    sleep(0.001).unwrap();
+                }
                 relay.cancel();
                 assert!(relay.join().unwrap().stranded > 0);
                 drop((a, b, client, server));
