@@ -33,6 +33,8 @@ pub fn cells() -> Vec<Cell> {
         Cell {
             name: "proxy-stalled-tcp-64x64B".to_owned(),
             kind: Kind::Stalled,
+            // Few, since the load says nothing until it has sent them once, and has filled the others.
+            messages: 12_000,
             ..Cell::echo(Family::Tcp, 64, 64, 1).in_lineup(Lineup::Proxy, "proxy")
         },
     ]
