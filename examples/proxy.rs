@@ -2,10 +2,14 @@
 //!
 //!     cargo run --release --example proxy -- --listen 127.0.0.1:8080 --upstream 127.0.0.1:80 --upstream unix:/run/app.socket
 //!
+//! `--metrics 127.0.0.1:9100` has it count for Prometheus (`proxy/metrics.rs`): what it served, and what its runtime did.
+//!
 //! SIGTERM and SIGINT stop it: what waits in the backlog is still served, connections may go on for `--drain` seconds, and the
 //! exit code is 0. A second signal cuts the connections at once.
 
 mod common;
+#[path = "proxy/metrics.rs"]
+mod metrics;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -29,6 +33,7 @@ use ringsock::{
 };
 
 use common::{about, remove_stale, seconds};
+use metrics::{Kind, Page};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
@@ -80,6 +85,9 @@ struct Args {
     /// Print a line of counters on standard error so often
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     stats: Option<f64>,
+    /// Serve counters for Prometheus at http://ADDRESS/metrics, to whoever can connect
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<Endpoint>,
     /// After SIGTERM or SIGINT, let connections go on for so long
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     drain: f64,
@@ -180,6 +188,14 @@ impl Endpoint {
                 }
                 Ok(listeners)
             }
+        }
+    }
+
+    /// What a listener of this endpoint listens on: port 0 has become the real one.
+    fn address(&self, listener: &Socket) -> ringsock::Result<String> {
+        match self {
+            Endpoint::Unix(_) => Ok(self.to_string()),
+            Endpoint::Host(..) => Ok(listener.getsockname()?.to_string()),
         }
     }
 
@@ -377,6 +393,90 @@ struct Proxy {
     options: RelayOptions,
     /// To the thread that writes the log.
     lines: mpsc::SyncSender<String>,
+}
+
+impl Proxy {
+    /// A page of all there is to count.
+    fn metrics(&self, handle: &Handle, limit: usize) -> String {
+        use Kind::{Counter, Gauge};
+        let stats = &self.stats;
+        let value = |counter: &AtomicU64| counter.load(Relaxed);
+        let mut page = Page::default();
+        let (name, help) = (
+            "ringsock_proxy_connections_active",
+            "Connections that are open.",
+        );
+        page.value(name, Gauge, help, value(&stats.active));
+        let (name, help) = (
+            "ringsock_proxy_connections_max",
+            "Connections that may be open.",
+        );
+        page.value(name, Gauge, help, limit as u64);
+        let (name, help) = (
+            "ringsock_proxy_connections_accepted_total",
+            "Connections accepted.",
+        );
+        page.value(name, Counter, help, value(&stats.accepted));
+
+        let name = "ringsock_proxy_connections_ended_total";
+        page.family(name, Counter, "Connections that have ended, by why.");
+        for (reason, counter) in [
+            ("closed", &stats.closed),
+            ("idle", &stats.idle),
+            ("client_error", &stats.client_errors),
+            ("upstream_error", &stats.upstream_errors),
+            ("cut", &stats.cut),
+            ("unserved", &stats.unserved),
+        ] {
+            page.sample(name, Some(("reason", reason)), value(counter));
+        }
+        let name = "ringsock_proxy_bytes_total";
+        page.family(
+            name,
+            Counter,
+            "Bytes passed on by connections that have ended.",
+        );
+        for (direction, counter) in [
+            ("to_upstream", &stats.to_upstream),
+            ("to_client", &stats.to_client),
+        ] {
+            page.sample(name, Some(("direction", direction)), value(counter));
+        }
+        let help = "Of these, bytes that went by splice.";
+        page.value(
+            "ringsock_proxy_spliced_bytes_total",
+            Counter,
+            help,
+            value(&stats.spliced),
+        );
+        let help = "Bytes received that could not be passed on.";
+        page.value(
+            "ringsock_proxy_stranded_bytes_total",
+            Counter,
+            help,
+            value(&stats.stranded),
+        );
+        let help = "Attempts to connect to an upstream that failed.";
+        let name = "ringsock_proxy_upstream_failures_total";
+        page.value(name, Counter, help, value(&stats.upstream_failures));
+        let name = "ringsock_proxy_upstream_up";
+        page.family(
+            name,
+            Gauge,
+            "Whether an upstream is in turn (1) or left out for now (0).",
+        );
+        for (index, upstream) in self.upstreams.list.iter().enumerate() {
+            // The number tells two of the same address apart.
+            let label = format!("{index} {}", upstream.endpoint);
+            let is_up = upstream.down_until_ms.load(Relaxed) == 0;
+            page.sample(name, Some(("upstream", &label)), is_up.into());
+        }
+        let help = "Lines of the log that were dropped.";
+        let name = "ringsock_proxy_log_lines_dropped_total";
+        page.value(name, Counter, help, value(&stats.log_dropped));
+        page.runtime(handle);
+        page.text()
+    }
 }
 
 impl Proxy {
@@ -622,10 +722,7 @@ fn listen(endpoint: &Endpoint, workers: usize) -> ringsock::Result<Vec<Socket>> 
 fn run(args: &Args, proxy: &Arc<Proxy>, limit: usize, signals: Signals) -> ringsock::Result<()> {
     let handle = Handle::current().expect("in a fiber");
     let listeners = listen(&args.listen, handle.workers())?;
-    let address = match &args.listen {
-        Endpoint::Unix(_) => args.listen.to_string(),
-        Endpoint::Host(..) => listeners[0].getsockname()?.to_string(),
-    };
+    let address = args.listen.address(&listeners[0])?;
     let (back, free) = channel(limit);
     for _ in 0..limit {
         let _ = back.try_send(());
@@ -649,9 +746,26 @@ fn run(args: &Args, proxy: &Arc<Proxy>, limit: usize, signals: Signals) -> rings
             }
         });
     }
+    let metrics = match &args.metrics {
+        None => String::new(),
+        Some(endpoint) => {
+            let listener = endpoint
+                .listen(1)
+                .map_err(|error| about(error, &endpoint.to_string()))?;
+            let listener = listener.into_iter().next().expect("one for each worker");
+            let address = endpoint.address(&listener)?;
+            for _ in 0..metrics::CONNECTIONS {
+                let (listener, proxy, handle) = (listener.clone(), proxy.clone(), handle.clone());
+                ringsock::spawn(move || {
+                    metrics::serve(&listener, || proxy.metrics(&handle, limit));
+                });
+            }
+            format!("metrics on {address}\n")
+        }
+    };
     // A closed standard output is no reason not to serve.
     let mut out = io::stdout();
-    let _ = writeln!(out, "listening on {address}").and_then(|()| out.flush());
+    let _ = write!(out, "listening on {address}\n{metrics}").and_then(|()| out.flush());
 
     signals.wait()?;
     accepting.iter().for_each(JoinHandle::cancel);

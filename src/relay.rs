@@ -42,11 +42,12 @@ mod vessel;
 mod watch;
 
 use std::cell::{Cell, OnceCell};
+use std::mem;
 use std::os::fd::{AsRawFd, RawFd};
 use std::panic::resume_unwind;
 use std::rc::Rc;
 
-use crate::constants::{SHUT_WR, SOCK_STREAM};
+use crate::constants::{AF_INET, AF_INET6, SHUT_WR, SOCK_STREAM};
 use crate::driver::Op;
 use crate::error::{Error, Result};
 use crate::fiber::fellow::Fellow;
@@ -78,6 +79,11 @@ const HABIT: u8 = 4;
 
 /// How often a relay that was interrupted lets its other fiber run, to end before the call returns.
 const PATIENCE: u32 = 64;
+
+const SEND_FLAGS: i32 = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+
+/// Of a socket's error queue, how much is discarded at a time.
+const REPORTS_MAX: u32 = 64;
 
 /// How a [`relay`] moves bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -426,7 +432,12 @@ impl Pair {
                 watched.found_nothing();
             }
             match watched.events() {
-                Ok(events) => return Some(events),
+                Ok(events) => {
+                    if events & libc::POLLERR as u32 != 0 {
+                        self.discard_reports(side);
+                    }
+                    return Some(events);
+                }
                 Err(NoEvents::Ended(code)) => {
                     self.wait_failed(side, code);
                     return None;
@@ -450,6 +461,25 @@ impl Pair {
         let code = fiber::suspend(&mut Op::Poll { fd, events }, -1, target);
         if code < 0 {
             self.wait_failed(side, code);
+        } else if code & i32::from(libc::POLLERR) != 0 {
+            self.discard_reports(side);
+        }
+    }
+
+    /// Empties a socket's error queue. What is in there (a time stamp of what was sent, an ICMP message, the end of a zero-copy send)
+    /// is no error of the stream, so that receiving and sending do not end it; but as long as there is some, each poll ends at once.
+    #[cold]
+    fn discard_reports(&self, side: usize) {
+        let socket = &self.sockets[side];
+        // Others have no such queue, and would take this for a receive of the stream.
+        if !matches!(socket.family(), AF_INET | AF_INET6) {
+            return;
+        }
+        let flags = libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT;
+        for _ in 0..REPORTS_MAX {
+            if sys::recv(socket.as_raw_fd(), &mut [], flags) < 0 {
+                break;
+            }
         }
     }
 
@@ -607,58 +637,64 @@ impl<'a> Way<'a> {
         }
     }
 
-    /// Receives into a buffer, and sends all of it.
+    /// Receives into a buffer, and sends all of it: at once from the hot one, if there is room.
     fn copy(&mut self) -> Round {
         let vessels = &self.pair.bench.vessels;
         let limit = self.pair.limits.in_flight;
-        let Some(mut buffer) = vessels.take_buffer(limit) else {
+        let Some(mut buffer) = vessels.hot_buffer(limit) else {
             self.pair.fail(self.way, libc::ENOMEM);
             return Round::Over;
         };
         let room = &mut buffer.spare_capacity_mut()[..limit];
         let socket = &self.pair.sockets[self.way];
         let (received, is_whole) = socket.recv_told(room);
-        let round = if received > 0 {
-            let bytes = sys::received(room, received as usize);
-            match self.send(bytes) {
-                Err(()) => Round::Over,
-                Ok(()) => {
-                    if self.pair.limits.mode == RelayMode::Auto {
-                        self.habit.saw(bytes.len());
-                    }
-                    if is_whole && self.told_all() {
-                        Round::Short
-                    } else {
-                        Round::More
-                    }
-                }
-            }
+        if received <= 0 {
+            return self.received_none(received);
+        }
+        let bytes = received as usize;
+        let sent = sys::send(self.to, sys::received(room, bytes), SEND_FLAGS);
+        if sent == received {
+            self.count(sent as u64);
         } else {
-            self.received_none(received)
-        };
-        vessels.give_buffer(buffer);
-        round
+            // Others run before it is empty, so it is this way's alone until then.
+            let kept = mem::take(&mut *buffer);
+            drop(buffer);
+            if !self.send_rest(kept, bytes, sent) {
+                return Round::Over;
+            }
+        }
+        if self.pair.limits.mode == RelayMode::Auto {
+            self.habit.saw(bytes);
+        }
+        if is_whole && self.told_all() {
+            Round::Short
+        } else {
+            Round::More
+        }
     }
 
-    /// Sends it all, waiting for room.
-    #[inline]
-    fn send(&self, bytes: &[u8]) -> std::result::Result<(), ()> {
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    /// After a send that came to `code`: sends the rest of what was received, waiting for room. False at the end of the relay.
+    #[cold]
+    fn send_rest(&self, mut buffer: Vec<u8>, received: usize, mut code: i32) -> bool {
+        let vessels = &self.pair.bench.vessels;
+        let bytes = sys::received(&mut buffer.spare_capacity_mut()[..received], received);
         let mut sent = 0;
-        loop {
-            let code = sys::send(self.to, &bytes[sent..], flags);
+        let is_sent = loop {
             if code > 0 {
                 sent += code as usize;
                 self.count(code as u64);
                 if sent == bytes.len() {
-                    return Ok(());
+                    break true;
                 }
             }
             if !self.may_send_on(code) {
                 self.strand(bytes.len() - sent);
-                return Err(());
+                break false;
             }
-        }
+            code = sys::send(self.to, &bytes[sent..], SEND_FLAGS);
+        };
+        vessels.give_buffer(buffer);
+        is_sent
     }
 
     /// After a send that did not take all: waits for room, as the case may be. False at the end of the relay.

@@ -7,8 +7,12 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -706,6 +710,482 @@ fn an_answer_that_comes_before_the_question_is_read_arrives_whole() {
     }
     upstream.join().unwrap();
     proxy.stop();
+}
+
+/// A value of a line of the statistics.
+fn stat(line: &str, name: &str) -> u64 {
+    let mut fields = line
+        .split_whitespace()
+        .filter_map(|field| field.split_once('='));
+    let (_, value) = fields
+        .find(|(field, _)| *field == name)
+        .unwrap_or_else(|| panic!("no {name} in {line}"));
+    value.parse().unwrap()
+}
+
+#[test]
+fn a_stalled_side_ends_its_connection_in_time_and_is_reported() {
+    for client_stalls in [true, false] {
+        let (listener, endpoint) = listen();
+        let args = [
+            "--idle-timeout",
+            "0.5",
+            "--stats",
+            "600",
+            "--in-flight",
+            "8192",
+        ];
+        let proxy = Proxy::start(Family::V4, &[&endpoint], &args);
+        let before = proxy.descriptors();
+        let client = proxy.connect();
+        let upstream = Stream::Tcp(listener.accept().unwrap().0);
+        let (stalled, mut sender) = if client_stalls {
+            (client, upstream)
+        } else {
+            (upstream, client)
+        };
+        // Another connection of the same proxy is served meanwhile.
+        let mut other = proxy.connect();
+        let mut others_upstream = listener.accept().unwrap().0;
+        // It sends until nobody takes any more, which ends with the connection.
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopping = stop.clone();
+        let serving = thread::spawn(move || {
+            let mut rounds = 0;
+            while !stopping.load(Relaxed) {
+                other.write_all(b"ping").unwrap();
+                others_upstream.read_exact(&mut [0; 4]).unwrap();
+                rounds += 1;
+                thread::sleep(Duration::from_millis(10));
+            }
+            rounds
+        });
+        let start = Instant::now();
+        let mut sent = 0;
+        while let Ok(n) = sender.write(&[1; 65536]) {
+            sent += n;
+        }
+        let took = start.elapsed();
+        assert!(took < Duration::from_secs(30), "{took:?} for {sent} bytes");
+        stop.store(true, Relaxed);
+        assert!(
+            serving.join().unwrap() > 10,
+            "the other connection stood still"
+        );
+        eventually("all descriptors are closed", || {
+            proxy.descriptors() == before
+        });
+        drop((stalled, sender));
+        let stderr = proxy.stop().stderr;
+        assert!(stderr.contains("nothing moved for too long"), "{stderr}");
+        let last = stderr.lines().rfind(|line| line.contains("stats")).unwrap();
+        assert_eq!(stat(last, "idle_timeouts"), 1, "{last}");
+        // What the proxy had taken and could not pass on is said, and is no more than what may be on its way.
+        let stranded = stat(last, "stranded_bytes");
+        assert!((1..=8192).contains(&stranded), "{last}");
+    }
+}
+
+#[test]
+fn a_reset_is_reported_with_its_side_and_what_came_before() {
+    for client_resets in [true, false] {
+        let (listener, endpoint) = listen();
+        let proxy = Proxy::start(Family::V4, &[&endpoint], &["--stats", "600"]);
+        let before = proxy.descriptors();
+        let client = proxy.connect();
+        let upstream = Stream::Tcp(listener.accept().unwrap().0);
+        let (mut broken, mut whole) = if client_resets {
+            (client, upstream)
+        } else {
+            (upstream, client)
+        };
+        broken.write_all(b"last words").unwrap();
+        let mut got = [0; 10];
+        whole.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"last words");
+        broken.reset();
+        // The other side is not left waiting.
+        match whole.read(&mut [0; 1]) {
+            Ok(0) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            other => panic!("{other:?}"),
+        }
+        drop(whole);
+        eventually("all descriptors are closed", || {
+            proxy.descriptors() == before
+        });
+        let stderr = proxy.stop().stderr;
+        let (side, bytes) = match client_resets {
+            true => (
+                "client",
+                "(10 bytes to the upstream, 0 to the client, 0 lost)",
+            ),
+            false => (
+                "upstream",
+                "(0 bytes to the upstream, 10 to the client, 0 lost)",
+            ),
+        };
+        let line = stderr
+            .lines()
+            .find(|line| line.contains(bytes))
+            .unwrap_or_else(|| panic!("{stderr}"));
+        assert!(line.contains(&format!("{side}: [Errno 104]")), "{line}");
+        let last = stderr.lines().rfind(|line| line.contains("stats")).unwrap();
+        assert_eq!(stat(last, &format!("{side}_errors")), 1, "{last}");
+    }
+}
+
+/// What the receiver has is an unbroken piece of what the sender sent, up to the moment of the cut, and all that the proxy counted.
+#[test]
+fn a_transfer_cut_by_sigterm_arrives_as_far_as_it_was_counted() {
+    let (listener, endpoint) = listen();
+    for mode in ["copy", "splice"] {
+        let args = ["--drain", "0.3", "--mode", mode];
+        let mut proxy = Proxy::start(Family::V4, &[&endpoint], &args);
+        let client = proxy.connect();
+        let mut upstream = listener.accept().unwrap().0;
+        let bytes = Random::new(seed()).bytes(MIB);
+        let sent = bytes.clone();
+        let sender = thread::spawn(move || while { &client }.write_all(&sent).is_ok() {});
+        let mut got = vec![0; MIB / 2];
+        upstream.read_exact(&mut got).unwrap();
+        proxy.process.signal(libc::SIGTERM);
+        let finished = proxy.process.wait();
+        assert_eq!(finished.status.code(), Some(0), "{finished:?}");
+        // All that the proxy's kernel had taken for the upstream comes, though the proxy is gone; or a reset, where it could not.
+        let rest = upstream.read_to_end(&mut got);
+        sender.join().unwrap();
+        for (index, chunk) in got.chunks(MIB).enumerate() {
+            assert!(
+                chunk == &bytes[..chunk.len()],
+                "MiB {index} is not what was sent"
+            );
+        }
+        let line = finished
+            .stderr
+            .lines()
+            .find(|line| line.contains("cut at the end of the drain"));
+        let line = line.unwrap_or_else(|| panic!("{finished:?}"));
+        let words = line.split_once('(').unwrap().1;
+        let counted: usize = words.split(' ').next().unwrap().parse().unwrap();
+        match rest {
+            Ok(_) => assert_eq!(got.len(), counted, "{line}"),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+                assert!(got.len() <= counted, "{line}");
+            }
+        }
+    }
+}
+
+/// An upstream that echoes what comes on connections that begin with `e`, and leaves those that begin with `s` to the test.
+fn echo_or_stall(listener: UnixListener) -> mpsc::Receiver<UnixStream> {
+    let (sender, stalled) = mpsc::channel();
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let mut kind = [0];
+            if { &stream }.read_exact(&mut kind).is_err() {
+                continue;
+            }
+            if kind == *b"s" {
+                let _ = sender.send(stream);
+            } else {
+                thread::spawn(move || {
+                    let mut bytes = [0; 64];
+                    while { &stream }.read_exact(&mut bytes).is_ok() {
+                        let _ = { &stream }.write_all(&bytes);
+                    }
+                });
+            }
+        }
+    });
+    stalled
+}
+
+/// Has the kernel keep little of what is sent, so that what stalls is soon held up by the proxy.
+fn send_little_ahead(stream: &UnixStream) {
+    let bytes: libc::c_int = 4096;
+    // SAFETY: the option's value is one int that lives through the call.
+    let set = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_SNDBUF,
+            (&raw const bytes).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    assert_eq!(set, 0);
+}
+
+/// The 99th percentile of round trips on 16 connections in turn.
+fn p99(streams: &mut [Stream]) -> Duration {
+    let mut times: Vec<Duration> = (0..1600)
+        .map(|n| {
+            let start = Instant::now();
+            streams[n % 16].round_trip(&[n as u8; 64]).unwrap();
+            start.elapsed()
+        })
+        .collect();
+    times.sort();
+    times[times.len() * 99 / 100]
+}
+
+#[test]
+fn a_thousand_stalled_readers_take_their_share_of_memory_and_hardly_any_time_of_others() {
+    const STALLED: u64 = 1000;
+    const IN_FLIGHT_KIB: u64 = 16;
+    ringsock::raise_descriptor_limit();
+    let dir = TempDir::new();
+    let path = dir.path().join("upstream.socket");
+    let stalling = echo_or_stall(UnixListener::bind(&path).unwrap());
+    // Of a Unix connection the kernel keeps some 200 KiB; a thousand of TCP might fill all it has for TCP, and slow down everyone.
+    let proxy = Proxy::start(
+        Family::Unix,
+        &[&Endpoint::Unix(path)],
+        &[
+            "--in-flight",
+            "16384",
+            "--mode",
+            "copy",
+            "--idle-timeout",
+            "600",
+        ],
+    );
+    let mut streams: Vec<Stream> = (0..16).map(|_| proxy.connect()).collect();
+    for stream in &mut streams {
+        stream.write_all(b"e").unwrap();
+    }
+    let calm = p99(&mut streams);
+    let readers: Vec<Stream> = (0..STALLED)
+        .map(|_| {
+            let mut reader = proxy.connect();
+            reader.write_all(b"s").unwrap();
+            reader
+        })
+        .collect();
+    let senders: Vec<UnixStream> = (0..STALLED)
+        .map(|_| stalling.recv().expect("the upstream runs"))
+        .collect();
+    for sender in &senders {
+        send_little_ahead(sender);
+        sender.set_nonblocking(true).unwrap();
+    }
+    let before_kib = proxy.process.resident_kib();
+    let (mut sent, mut last_sent) = (0, Instant::now());
+    while last_sent.elapsed() < Duration::from_millis(500) {
+        for mut sender in &senders {
+            while let Ok(n) = sender.write(&[7; 4096]) {
+                sent += n;
+                last_sent = Instant::now();
+            }
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    let grown_kib = proxy.process.resident_kib().saturating_sub(before_kib);
+    // One buffer each way at the most; the allocator takes a little more, and so does what is deeper in the fibers' stacks.
+    let most_kib = STALLED * (2 * IN_FLIGHT_KIB + 2 * 8) + 4096;
+    println!("{grown_kib} KiB for {sent} bytes sent and not read, {most_kib} KiB at the most");
+    assert!(grown_kib <= most_kib, "{grown_kib} KiB, not {most_kib}");
+    assert!(
+        grown_kib >= STALLED * IN_FLIGHT_KIB / 2,
+        "they are not stalled: {grown_kib} KiB"
+    );
+    let beside = p99(&mut streams);
+    let ratio = beside.as_secs_f64() / calm.as_secs_f64();
+    println!("p99 {calm:?} alone, {beside:?} beside the stalled: {ratio:.2} times");
+    // It is under 2 on a quiet machine, which the benchmark's cell proxy-stalled judges.
+    assert!(
+        ratio < 10.0 || beside < Duration::from_millis(50),
+        "{calm:?}, {beside:?}"
+    );
+    // They are held up, not busy.
+    let used = proxy.process.cpu_time();
+    thread::sleep(Duration::from_millis(500));
+    let used = proxy.process.cpu_time() - used;
+    assert!(
+        used < Duration::from_millis(150),
+        "stalled, they take {used:?}"
+    );
+    drop((readers, senders, streams));
+    proxy.stop();
+}
+
+/// Everything that comes back from the metrics' listener after `request`.
+fn asked(address: SocketAddr, request: &[u8]) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    stream.write_all(request).unwrap();
+    let mut got = String::new();
+    stream.read_to_string(&mut got).unwrap();
+    got
+}
+
+/// The value of a sample on a page of metrics.
+fn sample(page: &str, name: &str) -> u64 {
+    let line = page
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no {name} in {page}"))
+        .parse()
+        .unwrap()
+}
+
+/// A proxy that tells its metrics, and where.
+fn start_with_metrics(upstream: &Endpoint, args: &[&str]) -> (Proxy, SocketAddr) {
+    let args = [&["--metrics", "127.0.0.1:0"], args].concat();
+    let mut proxy = Proxy::start(Family::V4, &[upstream], &args);
+    let line = proxy.process.line();
+    let address = line.strip_prefix("metrics on ").expect("the second line");
+    (proxy, address.parse().unwrap())
+}
+
+#[test]
+fn metrics_are_told_in_prometheus_form() {
+    const GET: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n";
+    let server = echo(Family::V4).expect("IPv4");
+    let (proxy, address) = start_with_metrics(&server.endpoint, &["--workers", "2"]);
+    let mut open = proxy.connect();
+    open.round_trip(b"hello").unwrap();
+    for _ in 0..3 {
+        proxy.connect().round_trip(&[1; 1000]).unwrap();
+    }
+    let closed = "ringsock_proxy_connections_ended_total{reason=\"closed\"}";
+    eventually("the three are counted", || {
+        sample(&asked(address, GET), closed) == 3
+    });
+    let answer = asked(address, GET);
+    let (head, page) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+    assert!(
+        head.contains("\r\nContent-Type: text/plain; version=0.0.4"),
+        "{head}"
+    );
+    assert!(
+        head.contains(&format!("\r\nContent-Length: {}", page.len())),
+        "{head}"
+    );
+    assert_eq!(sample(page, "ringsock_proxy_connections_active"), 1);
+    assert_eq!(sample(page, "ringsock_proxy_connections_accepted_total"), 4);
+    for direction in ["to_upstream", "to_client"] {
+        let name = format!("ringsock_proxy_bytes_total{{direction=\"{direction}\"}}");
+        assert_eq!(sample(page, &name), 3000);
+    }
+    let upstream = format!(
+        "ringsock_proxy_upstream_up{{upstream=\"0 {}\"}}",
+        written(&server.endpoint)
+    );
+    assert_eq!(sample(page, &upstream), 1);
+    for worker in 0..2 {
+        assert!(
+            sample(
+                page,
+                &format!("ringsock_enters_total{{worker=\"{worker}\"}}")
+            ) > 0
+        );
+    }
+    // Every sample follows its family's help and type, and counters are called so.
+    let mut family = ("", "");
+    for line in page.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            family = rest.split_once(' ').unwrap();
+            assert_eq!(
+                family.1 == "counter",
+                family.0.ends_with("_total"),
+                "{line}"
+            );
+            assert!(page.contains(&format!("# HELP {} ", family.0)), "{line}");
+        } else if !line.starts_with("# HELP ") {
+            let name = line.split([' ', '{']).next().unwrap();
+            assert_eq!(name, family.0, "{line}");
+        }
+    }
+    if has("curl", "curl") {
+        let url = format!("http://{address}/metrics");
+        let args = [
+            "-sSf",
+            "--max-time",
+            "60",
+            "-o",
+            "/dev/null",
+            "-w",
+            "%{http_code} %{content_type}",
+            &url,
+        ];
+        let finished = run(Command::new("curl").args(args), b"");
+        let said = String::from_utf8_lossy(&finished.stdout).into_owned();
+        assert!(
+            said.starts_with("200 text/plain; version=0.0.4"),
+            "{finished:?}"
+        );
+    }
+    if has_python() {
+        let script = "import sys\ntry:\n    from prometheus_client.parser import text_string_to_metric_families as parse\n\
+            except ImportError:\n    sys.exit(77)\nprint(sum(len(family.samples) for family in parse(sys.stdin.read())))\n";
+        let finished = run(
+            Command::new("python3").args(["-c", script]),
+            page.as_bytes(),
+        );
+        if finished.status.code() == Some(77) {
+            println!("skipped: Python has no module prometheus_client");
+        } else {
+            let parsed = String::from_utf8_lossy(&finished.stdout).into_owned();
+            let samples = page.lines().filter(|line| !line.starts_with('#')).count();
+            assert_eq!(parsed.trim(), samples.to_string(), "{finished:?}");
+        }
+    }
+    drop(open);
+    proxy.stop();
+    server.finish();
+}
+
+#[test]
+fn whoever_asks_for_metrics_badly_is_answered_or_cut_and_holds_up_nobody() {
+    let server = echo(Family::V4).expect("IPv4");
+    let (proxy, address) = start_with_metrics(&server.endpoint, &[]);
+    let before = proxy.descriptors();
+    for (request, status) in [
+        (&b"GET / HTTP/1.1\r\n\r\n"[..], "404"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", "405"),
+        (b"\x16\x03\x01\x00\xff\n\n", "400"),
+        (b"GET /metrics SPDY\r\n\r\n", "400"),
+        (b"GET /metrics HTTP/1.0\n\n", "200"),
+        (b"HEAD /metrics HTTP/1.1\r\n\r\n", "200"),
+    ] {
+        let answer = asked(address, request);
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{answer}"
+        );
+    }
+    let head = asked(address, b"HEAD /metrics HTTP/1.1\r\n\r\n");
+    assert!(head.ends_with("\r\n\r\n"), "{head}");
+    let long = [b"GET /metrics HTTP/1.1\r\nX: ".as_slice(), &[b'x'; 20_000]].concat();
+    assert!(asked(address, &long).starts_with("HTTP/1.1 431 "));
+    eventually("all descriptors are closed", || {
+        proxy.descriptors() == before
+    });
+    // More clients that say nothing than are served at a time: each is cut in time, and then others are served.
+    let silent: Vec<TcpStream> = (0..12)
+        .map(|_| TcpStream::connect(address).unwrap())
+        .collect();
+    eventually("they are accepted, as many as may be", || {
+        proxy.descriptors() == before + 8
+    });
+    let mut stream = proxy.connect();
+    stream.round_trip(b"the proxy itself goes on").unwrap();
+    let start = Instant::now();
+    assert!(asked(address, b"GET /metrics HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 200 "));
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(30), "{took:?}");
+    drop((silent, stream));
+    eventually("all descriptors are closed", || {
+        proxy.descriptors() == before
+    });
+    proxy.stop();
+    server.finish();
 }
 
 // Real peers.

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -754,18 +754,26 @@ fn a_busy_relay_can_be_cancelled_and_does_not_hold_up_others() {
     checked(|| {
         let stop = Arc::new(AtomicBool::new(false));
         let mut pumps = Vec::new();
+        let arrived = Arc::new(AtomicU64::new(0));
         let mut pump = |mut from: UnixStream, mut to: UnixStream| {
             let stopped = stop.clone();
+            let arrived = arrived.clone();
             pumps.push(thread::spawn(move || {
                 let chunk = vec![1; 1 << 18];
                 while !stopped.load(Ordering::Relaxed) && from.write_all(&chunk).is_ok() {}
             }));
             pumps.push(thread::spawn(move || {
                 let mut chunk = vec![0; 1 << 18];
-                while to.read(&mut chunk).is_ok_and(|n| n > 0) {}
+                while let Ok(n) = to.read(&mut chunk)
+                    && n > 0
+                {
+                    arrived.fetch_add(n as u64, Ordering::Relaxed);
+                }
             }));
         };
         for mode in MODES {
+            let arrived = arrived.clone();
+            arrived.store(0, Ordering::Relaxed);
             // AF_UNIX: the peers are faster than the relay, so it always finds something.
             let (client, a) = connection(Kind::Unix).unwrap();
             let (server, b) = connection(Kind::Unix).unwrap();
@@ -797,7 +805,12 @@ fn a_busy_relay_can_be_cancelled_and_does_not_hold_up_others() {
                 );
                 drop(left);
                 echo.join().unwrap();
-                sleep(0.1).unwrap();
+                // On a busy machine the peers take their time.
+                let give_up = Instant::now() + PEER_LIMIT;
+                while arrived.load(Ordering::Relaxed) <= 1 << 20 {
+                    assert!(Instant::now() < give_up, "too little arrives");
+                    sleep(0.01).unwrap();
+                }
                 relay.cancel();
                 let relayed = relay.join().unwrap();
                 assert_eq!(relayed.ended, RelayEnd::Cancelled);
@@ -1155,8 +1168,16 @@ fn what_is_stranded_in_a_pipe_is_in_nobody_elses_way() {
                 let (client, a) = socketpair().unwrap();
                 let (b, server) = socketpair().unwrap();
                 let relay = start(&a, &b, options);
-                client.settimeout(0.01).unwrap();
-                while client.send(&[1; 1 << 16]).is_ok() {}
+                client.settimeout(0).unwrap();
+                // The relay has its turn while this fiber sleeps: it is stalled when there is still no room afterwards.
+                let mut full = 0;
+                while full < 3 {
+                    match client.send(&[1; 1 << 16]) {
+                        Ok(_) => full = 0,
+                        Err(_) => full += 1,
+                    }
+                    sleep(0.001).unwrap();
+                }
                 relay.cancel();
                 assert!(relay.join().unwrap().stranded > 0);
                 drop((a, b, client, server));
@@ -1332,5 +1353,76 @@ fn a_socket_of_another_owner_is_relayed() {
             expect_random(&server, 9, 100_000);
         });
         assert_eq!(relayed.a_to_b, 100_000);
+    });
+}
+
+/// Time stamps of what is sent come by the socket's error queue, which recv(2) does not empty: poll(2) says POLLERR for as long as
+/// there is one.
+#[test]
+fn what_lies_in_an_error_queue_keeps_no_relay_busy() {
+    alone("what_lies_in_an_error_queue_keeps_no_relay_busy", || {
+        ringsock::run(|| {
+            for mode in MODES {
+                let (client, a) = tcp();
+                let (server, b) = tcp();
+                let software = libc::SOF_TIMESTAMPING_TX_SOFTWARE | libc::SOF_TIMESTAMPING_SOFTWARE;
+                for socket in [&a, &b] {
+                    socket
+                        .setsockopt(SOL_SOCKET, libc::SO_TIMESTAMPING, software as i32)
+                        .unwrap();
+                }
+                let options = RelayOptions {
+                    mode,
+                    ..Default::default()
+                };
+                let relay = start(&a, &b, options);
+                let peers = thread::spawn(move || {
+                    for n in 0..200 {
+                        for (mut from, mut to) in [(&client, &server), (&server, &client)] {
+                            from.write_all(&[n; 100]).unwrap();
+                            let mut got = [0; 100];
+                            to.read_exact(&mut got).unwrap();
+                            assert_eq!(got, [n; 100]);
+                        }
+                    }
+                    (client, server)
+                });
+                while !peers.is_finished() {
+                    sleep(0.01).unwrap();
+                }
+                let (client, server) = peers.join().unwrap();
+                let has_reports = |socket: &Socket| {
+                    let mut poll = libc::pollfd {
+                        fd: socket.as_raw_fd(),
+                        events: 0,
+                        revents: 0,
+                    };
+                    // SAFETY: one pollfd, which lives through the call.
+                    assert!(unsafe { libc::poll(&mut poll, 1, 0) } >= 0);
+                    poll.revents & libc::POLLERR != 0
+                };
+                let operations = || ringsock::Handle::current().unwrap().metrics()[0].operations;
+                sleep(0.05).unwrap();
+                let before = operations();
+                sleep(0.3).unwrap();
+                let idle = operations() - before;
+                assert!(idle < 20, "{idle} operations for nothing, {mode:?}");
+                assert!(!has_reports(&a) && !has_reports(&b), "{mode:?}");
+                // And it goes on as before, with what is sent while one way has no room too.
+                let sender = thread::spawn(move || {
+                    thread::scope(|scope| {
+                        scope.spawn(|| send_random(&client, 5, 4 << 20));
+                        scope.spawn(|| send_random(&server, 6, 4 << 20));
+                        scope.spawn(|| expect_random(&client, 6, 4 << 20));
+                        expect_random(&server, 5, 4 << 20);
+                    });
+                });
+                assert_eq!(relay.join().unwrap().ended, RelayEnd::Closed);
+                while !sender.is_finished() {
+                    sleep(0.01).unwrap();
+                }
+                sender.join().unwrap();
+            }
+        });
     });
 }

@@ -1,6 +1,6 @@
 //! What a worker's relays carry bytes in: buffers and pipes, last in, first out, so that the one that is hot is used again.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, RefCell, RefMut};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use crate::sys;
@@ -31,6 +31,8 @@ impl Pipe {
 /// See the module's documentation.
 #[derive(Default)]
 pub(super) struct Vessels {
+    /// The buffer that was used last, for whoever needs it only until it lets others run. It may have no room.
+    hot: RefCell<Vec<u8>>,
     /// Empty vectors; what they own is the room behind their end.
     buffers: RefCell<Vec<Vec<u8>>>,
     pipes: RefCell<Vec<Pipe>>,
@@ -39,18 +41,32 @@ pub(super) struct Vessels {
 }
 
 impl Vessels {
-    /// A buffer with room for `bytes`; `None` if there is no memory.
+    /// The hot buffer, with room for `bytes`; `None` if there is no memory. It is given back before another fiber runs, or
+    /// [kept](Vessels::give_buffer) by taking what is in it.
     #[inline]
-    pub(super) fn take_buffer(&self, bytes: usize) -> Option<Vec<u8>> {
-        let buffer = self.buffers.borrow_mut().pop().unwrap_or_default();
-        if buffer.capacity() >= bytes {
-            return Some(buffer);
+    pub(super) fn hot_buffer(&self, bytes: usize) -> Option<RefMut<'_, Vec<u8>>> {
+        let mut hot = self.hot.borrow_mut();
+        if hot.capacity() < bytes && !self.heat(&mut hot, bytes) {
+            return None;
         }
-        new_buffer(bytes)
+        Some(hot)
     }
 
-    #[inline]
+    /// Makes a spare buffer the hot one, or a new one; false if there is no memory.
+    #[cold]
+    fn heat(&self, hot: &mut Vec<u8>, bytes: usize) -> bool {
+        *hot = self.buffers.borrow_mut().pop().unwrap_or_default();
+        hot.capacity() >= bytes || hot.try_reserve_exact(bytes).is_ok()
+    }
+
+    /// Takes back a buffer that a way had kept, and emptied.
+    #[cold]
     pub(super) fn give_buffer(&self, buffer: Vec<u8>) {
+        let mut hot = self.hot.borrow_mut();
+        if hot.capacity() == 0 {
+            *hot = buffer;
+            return;
+        }
         let mut buffers = self.buffers.borrow_mut();
         if buffers.len() < SPARE_MAX {
             buffers.push(buffer);
@@ -95,11 +111,4 @@ impl Vessels {
         self.pipes_made.set(self.pipes_made.get() - 1);
         drop(pipe);
     }
-}
-
-#[cold]
-fn new_buffer(bytes: usize) -> Option<Vec<u8>> {
-    let mut buffer = Vec::new();
-    buffer.try_reserve_exact(bytes).ok()?;
-    Some(buffer)
 }

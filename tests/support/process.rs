@@ -98,6 +98,28 @@ impl Process {
         self.child.id()
     }
 
+    /// What it has used of the processors so far.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()));
+        let stat = stat.expect("a running process");
+        let after_name = stat.rsplit(')').next().expect("a name");
+        // utime and stime are the fields 14 and 15; after the name comes the third.
+        let ticks = after_name.split_whitespace().skip(11).take(2);
+        let ticks: u64 = ticks.map(|field| field.parse::<u64>().unwrap()).sum();
+        // SAFETY: no memory is passed.
+        let each_s = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64;
+        Duration::from_secs_f64(ticks as f64 / each_s)
+    }
+
+    /// VmRSS in KiB.
+    pub fn resident_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()));
+        let status = status.expect("a running process");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let number = line.and_then(|line| line.split_whitespace().next());
+        number.and_then(|kib| kib.parse().ok()).expect("a VmRSS")
+    }
+
     /// How many descriptors it has open. A worker that maps its first stacks has one of the process itself (a pidfd) for a moment;
     /// that one does not count.
     pub fn descriptors(&self) -> usize {

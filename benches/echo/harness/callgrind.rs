@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::cells::{Cell, Family, Kind, Lineup};
 use super::contenders::{self, Contender};
 use super::process::{self, Failure, Process};
+use super::proxy;
 use super::runner::{Runner, fresh};
 
 /// Messages of the shorter and the longer run, of short messages; fewer of long ones.
@@ -26,8 +27,13 @@ const DUMP_TIMEOUT: Duration = Duration::from_secs(30);
 pub fn can(cell: &Cell, contender: &Contender) -> bool {
     let name = contender.name.as_str();
     let threads = name == "threads" || name == contenders::CORRUPT;
+    let counted = match cell.lineup {
+        Lineup::Main => true,
+        Lineup::Proxy => proxy::is_ours_to_count(name),
+        _ => false,
+    };
     cell.kind == Kind::Echo
-        && cell.lineup == Lineup::Main
+        && counted
         && cell.family != Family::Udp
         && !threads
         && name != contenders::AGAIN
@@ -79,7 +85,8 @@ fn total_of(
     ];
     command.push(joined("--callgrind-out-file=", &out));
     command.push(joined("--vgdb-prefix=", &prefix));
-    command.extend(contender.command(cell, &runner.socket()));
+    let backend = runner.backend(cell)?;
+    command.extend(runner.command(cell, contender, &backend));
     let mut server = Process::hold(runner.server_cpu(), &command)?;
     let address = process::listen(&mut server)?;
     runner.load_all(cell, &address, messages)?;

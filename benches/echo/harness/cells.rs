@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::proxy;
+
 /// How server and load are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -33,6 +35,8 @@ pub enum Kind {
     Idle,
     /// One message goes to all connections.
     Fanout,
+    /// Messages are echoed, before and while a thousand other connections send and never read.
+    Stalled,
 }
 
 /// Who takes part.
@@ -47,6 +51,8 @@ pub enum Lineup {
     Spin,
     /// Blocking calls on plain threads.
     Threads,
+    /// Proxies, in front of an epoll server.
+    Proxy,
 }
 
 /// One measurement.
@@ -71,7 +77,7 @@ const IN_FLIGHT_MAX: u64 = 64 << 20;
 const DATAGRAM_MAX: u32 = 16 << 10;
 
 impl Cell {
-    fn echo(family: Family, connections: u32, size: u32, depth: u32) -> Self {
+    pub fn echo(family: Family, connections: u32, size: u32, depth: u32) -> Self {
         let mut name = format!(
             "{}-{connections}x{}",
             family.name().to_lowercase(),
@@ -92,7 +98,7 @@ impl Cell {
         }
     }
 
-    fn in_lineup(self, lineup: Lineup, prefix: &str) -> Self {
+    pub fn in_lineup(self, lineup: Lineup, prefix: &str) -> Self {
         Self {
             name: format!("{prefix}-{}", self.name),
             lineup,
@@ -106,6 +112,7 @@ impl Cell {
             Kind::Churn => "churn",
             Kind::Idle => "idle",
             Kind::Fanout => "fanout",
+            Kind::Stalled => "stalled",
         };
         Self {
             name: format!("{what}-{}-{connections}", family.name().to_lowercase()),
@@ -121,6 +128,9 @@ impl Cell {
 
     /// The receive buffer every server of the cell is told to use.
     pub fn buffer(&self) -> u32 {
+        if self.lineup == Lineup::Proxy {
+            return proxy::BUFFER;
+        }
         (self.size.saturating_mul(self.depth)).clamp(4096, 65536)
     }
 
@@ -128,7 +138,7 @@ impl Cell {
     /// thread has one connection, and the other kinds have no rate.
     pub fn paced(&self) -> bool {
         self.kind == Kind::Echo
-            && self.lineup == Lineup::Main
+            && matches!(self.lineup, Lineup::Main | Lineup::Proxy)
             && self.family != Family::Udp
             && self.depth == 1
     }
@@ -153,6 +163,7 @@ impl Cell {
             Kind::Churn => (family.to_owned(), "churn".to_owned()),
             Kind::Idle => (family.to_owned(), format!("{} idle", self.connections)),
             Kind::Fanout => (family.to_owned(), format!("1 to {}", self.connections)),
+            Kind::Stalled => (family.to_owned(), "stalled".to_owned()),
         }
     }
 
@@ -179,12 +190,17 @@ impl Cell {
             Kind::Churn => format!("{family}, connect, one echo, close; {connections} at once"),
             Kind::Idle => format!("{family}, {connections} idle connections"),
             Kind::Fanout => format!("{family}, one message to {connections} connections"),
+            Kind::Stalled => format!(
+                "{family}, {connections} connections × {} beside 1,000 that never read",
+                bytes(self.size)
+            ),
         };
         match self.lineup {
             Lineup::Main => what,
             Lineup::Timeouts => format!("Cost of a timeout on every operation: {what}"),
             Lineup::Spin => format!("Spinning before sleeping: {what}"),
             Lineup::Threads => format!("Blocking calls on a plain thread: {what}"),
+            Lineup::Proxy => format!("Through a proxy: {what}"),
         }
     }
 }
@@ -238,6 +254,7 @@ pub fn default_set() -> Vec<Cell> {
         Cell::echo(Udp, 64, 64, 1),
     ];
     cells.extend(special_set());
+    cells.extend(proxy::cells());
     cells
 }
 
@@ -290,5 +307,6 @@ pub fn grid() -> Vec<Cell> {
         }
     }
     cells.extend(special_set());
+    cells.extend(proxy::cells());
     cells
 }

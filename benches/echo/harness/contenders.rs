@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::cells::{Cell, Family, Kind, Lineup};
+use super::proxy;
 
 /// Ours.
 pub const OURS: &str = "ringsock";
@@ -40,7 +41,7 @@ pub struct Contender {
 }
 
 impl Contender {
-    fn new(lineup: Lineup, name: &str, command: &[&str]) -> io::Result<Self> {
+    pub fn new(lineup: Lineup, name: &str, command: &[&str]) -> io::Result<Self> {
         let mut words = vec![std::env::current_exe()?.into(), OsString::from("serve")];
         words.extend(command.iter().map(OsString::from));
         Ok(Self {
@@ -70,7 +71,8 @@ impl Contender {
         let same = idle && (self.name == AGAIN || self.name == EPOLLS[1]);
         // Only datagrams come several to a call.
         let unlike = self.name == EPOLLS[2] && cell.family != Family::Udp;
-        self.lineup == cell.lineup && !same && !unlike
+        let shows = cell.lineup != Lineup::Proxy || proxy::takes_part(&self.name, cell);
+        self.lineup == cell.lineup && !same && !unlike && shows
     }
 
     /// The server's command line; `socket` is where a Unix socket may be made.
@@ -131,6 +133,7 @@ pub fn all(root: &Path, peers: Option<&Path>) -> io::Result<(Vec<Contender>, Vec
         Contender::new(Threads, "ringsock-thread", &["ringsock-thread"])?,
         Contender::new(Threads, "std-thread", &["threads"])?,
     ];
+    contenders.extend(proxy::contenders()?);
     let mut missing = Vec::new();
     let script = root.join("benches/echo/echo.py");
     if script.exists() {

@@ -187,8 +187,23 @@ fn inherited(mut builder: Builder<'_>, pid: libc::pid_t) -> io::Result<Counter> 
         .build()
 }
 
-/// Processor time of all threads a process ever had, in nanoseconds.
+/// Processor time of a process and its children, in nanoseconds. (A contender that is other people's program is a child.)
 pub fn cpu_time_ns(pid: libc::pid_t) -> io::Result<f64> {
+    let children = children(pid).into_iter().map(own_cpu_time_ns);
+    Ok(own_cpu_time_ns(pid)? + children.sum::<io::Result<f64>>()?)
+}
+
+/// The children that a process's first thread has started and that have not ended.
+fn children(pid: libc::pid_t) -> Vec<libc::pid_t> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let text = text.unwrap_or_default();
+    text.split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
+}
+
+/// Processor time of all threads a process ever had, in nanoseconds.
+fn own_cpu_time_ns(pid: libc::pid_t) -> io::Result<f64> {
     let mut clock = 0;
     // SAFETY: the clock's id is written to a live local.
     let error = unsafe { libc::clock_getcpuclockid(pid, &mut clock) };
@@ -206,8 +221,15 @@ pub fn cpu_time_ns(pid: libc::pid_t) -> io::Result<f64> {
     Ok(time.tv_sec as f64 * 1e9 + time.tv_nsec as f64)
 }
 
-/// A line of a process's status, in KiB: `VmRSS`, or `VmHWM` for its peak.
+/// A line of a process's status and its children's, in KiB: `VmRSS`, or `VmHWM` for its peak.
 pub fn memory_kib(pid: libc::pid_t, line: &str) -> io::Result<f64> {
+    let children = children(pid)
+        .into_iter()
+        .map(|child| own_memory_kib(child, line));
+    Ok(own_memory_kib(pid, line)? + children.sum::<io::Result<f64>>()?)
+}
+
+fn own_memory_kib(pid: libc::pid_t, line: &str) -> io::Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     kib(&status, line).ok_or_else(|| io::Error::other(format!("no {line} of the server")))
 }

@@ -68,6 +68,8 @@ pub struct Round {
     pub peak_rss_kib: f64,
     /// Datagrams that did not come back in time.
     pub lost: f64,
+    /// Where something disturbs the messages: their p99 before it.
+    pub calm_p99_us: Option<f64>,
     /// The share of a processor that the hypervisor took away, and how often the run was repeated for it.
     pub stolen: f64,
     pub repeats: u32,

@@ -15,6 +15,7 @@ mod json;
 mod machine;
 mod plot;
 mod process;
+mod proxy;
 mod report;
 mod runner;
 mod stats;

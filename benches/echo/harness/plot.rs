@@ -11,6 +11,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use super::cells::{Kind, Lineup};
 use super::contenders::OURS;
 use super::json::{CellResult, Run};
+use super::proxy;
 use super::stats::median;
 use super::verdicts;
 
@@ -37,14 +38,20 @@ const WIN: [f64; 3] = [33.0, 102.0, 172.0];
 const EVEN: [f64; 3] = [250.0, 250.0, 250.0];
 const LOSS: [f64; 3] = [178.0, 24.0, 43.0];
 
+/// Whether a contender is ours.
+fn is_ours(name: &str) -> bool {
+    name == OURS || name == proxy::OURS
+}
+
 /// Writes every plot that the run has something for.
 pub fn all(run: &Run, directory: &Path) -> io::Result<Vec<Plot>> {
     let mut plots = Vec::new();
     for (file, plot) in [
         (
             "ratios.svg",
-            heat_map as fn(&Run, &Path) -> io::Result<Option<String>>,
+            ratios as fn(&Run, &Path) -> io::Result<Option<String>>,
         ),
+        ("proxies.svg", proxies),
         ("latency.svg", latency),
         ("memory.svg", memory),
     ] {
@@ -147,16 +154,34 @@ fn canvas(path: &Path, width: i32, height: i32) -> io::Result<Area<'_>> {
     Ok(area)
 }
 
-fn heat_map(run: &Run, path: &Path) -> io::Result<Option<String>> {
+fn ratios(run: &Run, path: &Path) -> io::Result<Option<String>> {
+    let title = "Cost of a message against epoll (minimum over rounds)";
+    let how = "epoll's is the better of level- and edge-triggered; connections × bytes × messages in flight on each";
+    heat_map(run, path, Lineup::Main, title, how)
+}
+
+fn proxies(run: &Run, path: &Path) -> io::Result<Option<String>> {
+    let title = "Cost of a message through a proxy against the epoll proxy's (minimum over rounds)";
+    let how = "the proxy stands between an epoll server and its clients; connections × bytes";
+    heat_map(run, path, Lineup::Proxy, title, how)
+}
+
+fn heat_map(
+    run: &Run,
+    path: &Path,
+    lineup: Lineup,
+    title: &str,
+    how: &str,
+) -> io::Result<Option<String>> {
     const NAMES: i32 = 150;
     const TOP: i32 = 112;
     const TILE: (i32, i32) = (78, 32);
     let cells: Vec<&CellResult> = run
         .cells
         .iter()
-        .filter(|cell| verdicts::compares(&cell.cell))
+        .filter(|cell| verdicts::compares_in(&cell.cell, lineup))
         .collect();
-    let names = verdicts::main_names(run);
+    let names = verdicts::names(run, lineup);
     let known = |cell: &&CellResult| {
         names
             .iter()
@@ -166,14 +191,13 @@ fn heat_map(run: &Run, path: &Path) -> io::Result<Option<String>> {
     if cells.is_empty() {
         return Ok(None);
     }
-    let title = "Cost of a message against epoll (minimum over rounds)".to_owned();
     let (columns, rows) = (cells.len() as i32, names.len() as i32);
     let width = (NAMES + columns * TILE.0 + 24).max(820);
     let height = TOP + rows * TILE.1 + 92;
     let area = canvas(path, width, height)?;
-    Words::new(&title, 19.0).bold(true).draw(&area, 16, 24)?;
+    Words::new(title, 19.0).bold(true).draw(&area, 16, 24)?;
     let unit = format!(
-        "{}; epoll's is the better of level- and edge-triggered; connections × bytes × messages in flight on each",
+        "{}; {how}",
         match run.measure {
             super::counters::Measure::Cycles => "Hardware cycles of the server process",
             super::counters::Measure::CpuTime => "Processor time of the server process",
@@ -206,7 +230,7 @@ fn heat_map(run: &Run, path: &Path) -> io::Result<Option<String>> {
         let middle = top + TILE.1 / 2;
         Words::new(name, 14.0)
             .at(HPos::Right)
-            .bold(name == OURS)
+            .bold(is_ours(name))
             .draw(&area, NAMES - 10, middle)?;
         for (column, cell) in cells.iter().enumerate() {
             let left = NAMES + column as i32 * TILE.0;
@@ -227,14 +251,14 @@ fn heat_map(run: &Run, path: &Path) -> io::Result<Option<String>> {
             )?;
             Words::new(&text, 14.0)
                 .at(HPos::Center)
-                .bold(name == OURS)
+                .bold(is_ours(name))
                 .ink(ink_on(fill))
                 .draw(&area, left + TILE.0 / 2, middle)?;
         }
     }
     legend(&area, NAMES, TOP + rows * TILE.1 + 28)?;
     area.present().map_err(io::Error::other)?;
-    Ok(Some(title))
+    Ok(Some(title.to_owned()))
 }
 
 /// The scale of colours, and what its ends mean.
@@ -367,7 +391,7 @@ fn latency(run: &Run, path: &Path) -> io::Result<Option<String>> {
         }
         for (row, (contender, quantiles)) in cell.contenders.iter().zip(&quantiles).enumerate() {
             let y = top + 30 + row as i32 * ROW + ROW / 2;
-            let own = contender.name == OURS;
+            let own = is_ours(&contender.name);
             let tone = if own { OWN } else { OTHER };
             Words::new(&contender.name, 13.0)
                 .at(HPos::Right)

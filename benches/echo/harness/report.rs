@@ -2,11 +2,11 @@
 
 use std::fmt::Write;
 
-use super::cells::Kind;
-use super::contenders::AGAIN;
+use super::cells::{Kind, Lineup};
 use super::counters::Measure;
 use super::json::{CellResult, ContenderResult, Run};
 use super::plot::Plot;
+use super::proxy;
 use super::stats::{Verdict, median, minimum};
 use super::verdicts::{self, Figure, Judged};
 
@@ -146,7 +146,7 @@ fn conditions(run: &Run) -> String {
     let tolerances = verdicts::tolerances(run);
     let compared: Vec<_> = (run.cells.iter().zip(&tolerances))
         .filter(|(cell, _)| {
-            cell.contender(AGAIN)
+            cell.contender(verdicts::again(&cell.cell))
                 .is_some_and(|again| !again.rounds.is_empty())
         })
         .collect();
@@ -183,7 +183,15 @@ fn all_rounds(run: &Run) -> impl Iterator<Item = &super::json::Round> {
 
 /// Cells by contenders: the minimum's ratio to epoll.
 fn ratios(run: &Run) -> String {
-    let names = verdicts::main_names(run);
+    let tables = [Lineup::Main, Lineup::Proxy].map(|lineup| ratios_in(run, lineup));
+    let tables: Vec<String> = (tables.into_iter())
+        .filter(|table| !table.is_empty())
+        .collect();
+    tables.join("\n")
+}
+
+fn ratios_in(run: &Run, lineup: Lineup) -> String {
+    let names = verdicts::names(run, lineup);
     let mut head = vec!["minimum / epoll's"];
     head.extend(names.iter().map(String::as_str));
     head.push("ε");
@@ -193,7 +201,7 @@ fn ratios(run: &Run) -> String {
         .cells
         .iter()
         .zip(&tolerances)
-        .filter(|(cell, _)| verdicts::compares(&cell.cell))
+        .filter(|(cell, _)| verdicts::compares_in(&cell.cell, lineup))
     {
         let mut row = vec![cell.cell.name.clone()];
         for name in &names {
@@ -244,6 +252,10 @@ fn details(run: &Run, cell: &CellResult) -> String {
     let lossy = all_lost(cell) > 0.0;
     if lossy {
         head.push("lost");
+    }
+    let disturbed = cell.cell.kind == Kind::Stalled;
+    if disturbed {
+        head.push("p99 / before");
     }
     head.push("peak MiB");
     let mut table = Table::new(&head);
@@ -301,6 +313,9 @@ fn details(run: &Run, cell: &CellResult) -> String {
         }
         if lossy {
             row.push(number(median(&contender.each(|round| round.lost)), 0));
+        }
+        if disturbed {
+            row.push(number(proxy::slowdown(cell, &contender.name), 2));
         }
         row.push(number(
             minimum(&contender.each(|round| round.peak_rss_kib / 1024.0)),

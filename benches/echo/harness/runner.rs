@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::cells::{Cell, Family, Kind};
+use super::cells::{Cell, Family, Kind, Lineup};
 use super::contenders::Contender;
 use super::counters::{self, CallCounters, Hard, HardCounters, Measure};
 use super::json::{IdleMemory, Paced, Round};
@@ -134,6 +134,7 @@ impl Runner {
                 .get("lost")
                 .and_then(Value::as_f64)
                 .unwrap_or_default(),
+            calm_p99_us: window.load.get("calm_p99_us").and_then(Value::as_f64),
             stolen: window.stolen,
             ..Round::default()
         })
@@ -169,7 +170,9 @@ impl Runner {
 
     /// Bytes per idle connection, from the memory before they come and while they are there.
     fn idle(&self, cell: &Cell, contender: &Contender) -> Result<Round, Failure> {
-        let mut server = Process::hold(self.cpus[0], &contender.command(cell, &self.socket()))?;
+        let backend = self.backend(cell)?;
+        let command = self.command(cell, contender, &backend);
+        let mut server = Process::hold(self.cpus[0], &command)?;
         let address = process::listen(&mut server)?;
         let pid = server.pid();
         let memory = || -> io::Result<(f64, f64)> {
@@ -221,7 +224,9 @@ impl Runner {
         attach: impl FnOnce(libc::pid_t) -> io::Result<A>,
         read: impl Fn(&mut A, libc::pid_t) -> io::Result<T>,
     ) -> Result<Window<T>, Failure> {
-        let mut server = Process::hold(self.cpus[0], &contender.command(cell, &self.socket()))?;
+        let backend = self.backend(cell)?;
+        let command = self.command(cell, contender, &backend);
+        let mut server = Process::hold(self.cpus[0], &command)?;
         let pid = server.pid();
         let mut attached = attach(pid)?;
         let address = process::listen(&mut server)?;
@@ -272,6 +277,33 @@ impl Runner {
         self.cpus[0]
     }
 
+    /// What a proxy stands in front of, on the load's processor, and its address; nothing in other cells.
+    pub fn backend(&self, cell: &Cell) -> Result<Option<(Process, String)>, Failure> {
+        if cell.lineup != Lineup::Proxy {
+            return Ok(None);
+        }
+        let mut command: Vec<OsString> = vec![std::env::current_exe()?.into()];
+        command.extend(["serve", "epoll", "--buffer"].map(OsString::from));
+        command.push(cell.buffer().to_string().into());
+        let mut backend = Process::hold(self.cpus[1], &command)?;
+        let address = process::listen(&mut backend)?;
+        Ok(Some((backend, address)))
+    }
+
+    /// A contender's command line.
+    pub fn command(
+        &self,
+        cell: &Cell,
+        contender: &Contender,
+        backend: &Option<(Process, String)>,
+    ) -> Vec<OsString> {
+        let mut command = contender.command(cell, &self.socket());
+        if let Some((_, address)) = backend {
+            command.extend(["--upstream".into(), address.into()]);
+        }
+        command
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.scratch.join("socket")
     }
@@ -318,6 +350,7 @@ fn load_options(cell: &Cell, messages: u64) -> Vec<OsString> {
         (Kind::Churn, _) => "churn",
         (Kind::Idle, _) => "idle",
         (Kind::Fanout, _) => "fanout",
+        (Kind::Stalled, _) => "stalled",
     };
     options_of(load, cell, messages)
 }

@@ -5,11 +5,17 @@ use std::io;
 use super::cells::{Cell, Family, Kind, Lineup};
 use super::contenders::{AGAIN, EPOLLS, LIMITS, OUR_LEASES, OURS};
 use super::json::{CellResult, ContenderResult, Run};
+use super::proxy;
 use super::stats::{self, Ratio, Tolerance, Verdict, judge, median, minimum};
 
-/// Whether a cell compares what its contenders cost to what epoll costs.
+/// Whether a cell of the main line-up compares what its contenders cost to what epoll costs.
 pub fn compares(cell: &Cell) -> bool {
-    cell.lineup == Lineup::Main && cell.kind != Kind::Idle
+    compares_in(cell, Lineup::Main)
+}
+
+/// Whether a cell is of this line-up, and compares what its contenders cost to what epoll costs.
+pub fn compares_in(cell: &Cell, lineup: Lineup) -> bool {
+    cell.lineup == lineup && cell.kind != Kind::Idle
 }
 
 /// What `first` costs in a cell against what `second` does.
@@ -22,11 +28,29 @@ pub fn against(run: &Run, cell: &CellResult, first: &str, second: &str) -> Optio
     })
 }
 
+/// What a cell's contenders are compared to.
+fn epolls(cell: &Cell) -> &'static [&'static str] {
+    match cell.lineup {
+        Lineup::Proxy => &[proxy::EPOLL],
+        _ => &EPOLLS,
+    }
+}
+
+/// The contender that is the first of those once more.
+pub fn again(cell: &Cell) -> &'static str {
+    match cell.lineup {
+        Lineup::Proxy => proxy::EPOLL_AGAIN,
+        _ => AGAIN,
+    }
+}
+
 /// What a contender costs against epoll: the better of its two kinds in this cell, by each statistic.
 pub fn against_epoll(run: &Run, cell: &CellResult, name: &str) -> Option<Ratio> {
-    let all = EPOLLS.map(|epoll| against(run, cell, name, epoll));
+    let all = epolls(&cell.cell)
+        .iter()
+        .filter_map(|epoll| against(run, cell, name, epoll));
     let mut worst: Option<Ratio> = None;
-    for ratio in all.into_iter().flatten() {
+    for ratio in all {
         let so_far = worst.get_or_insert(ratio);
         so_far.minimum = so_far.minimum.max(ratio.minimum);
         so_far.median = so_far.median.max(ratio.median);
@@ -37,7 +61,7 @@ pub fn against_epoll(run: &Run, cell: &CellResult, name: &str) -> Option<Ratio> 
 /// How far chance goes in each cell.
 pub fn tolerances(run: &Run) -> Vec<Tolerance> {
     let again: Vec<Option<Ratio>> = (run.cells.iter())
-        .map(|cell| against(run, cell, AGAIN, EPOLLS[0]))
+        .map(|cell| against(run, cell, again(&cell.cell), epolls(&cell.cell)[0]))
         .collect();
     stats::tolerances(&again)
 }
@@ -82,7 +106,7 @@ pub struct Figure {
 }
 
 impl Figure {
-    fn in_every(claim: &str, judged: Vec<Judged>) -> Self {
+    pub fn in_every(claim: &str, judged: Vec<Judged>) -> Self {
         Self {
             claim: claim.to_owned(),
             wanted: judged.len(),
@@ -101,6 +125,23 @@ impl Figure {
     }
 }
 
+/// A cell's part of a figure.
+pub fn judged(
+    cell: &CellResult,
+    tolerance: &Tolerance,
+    rival: &str,
+    ratio: Ratio,
+    limit: f64,
+) -> Judged {
+    Judged {
+        cell: cell.cell.name.clone(),
+        rival: rival.to_owned(),
+        ratio,
+        limit,
+        tolerance: *tolerance,
+    }
+}
+
 /// The limit of ours against epoll in a cell.
 fn epoll_limit(cell: &Cell) -> f64 {
     match (cell.kind, cell.family) {
@@ -116,13 +157,6 @@ pub fn figures(run: &Run) -> Vec<Figure> {
     let tolerances = tolerances(run);
     let cells = || run.cells.iter().zip(&tolerances);
     let main = || cells().filter(|(cell, _)| compares(&cell.cell));
-    let judged = |cell: &CellResult, tolerance: &Tolerance, rival: &str, ratio, limit| Judged {
-        cell: cell.cell.name.clone(),
-        rival: rival.to_owned(),
-        ratio,
-        limit,
-        tolerance: *tolerance,
-    };
     let mut figures = Vec::new();
     let by_epoll = |kinds: &[Kind]| -> Vec<Judged> {
         main()
@@ -213,13 +247,14 @@ pub fn figures(run: &Run) -> Vec<Figure> {
         "latency with one connection, spinning: p50 at most a quarter of epoll's, which sleeps",
         by_latency("ringsock spin", 0.25),
     ));
+    figures.extend(proxy::figures(run, &tolerances));
     figures.retain(|figure| !figure.judged.is_empty());
     figures
 }
 
 /// Contenders that are to be beaten in every cell: neither ours, nor epoll, nor limits.
 fn rivals(run: &Run) -> Vec<String> {
-    let mut names = main_names(run);
+    let mut names = names(run, Lineup::Main);
     names.retain(|name| {
         let name = name.as_str();
         let ours = name == OURS || name == OUR_LEASES;
@@ -228,14 +263,10 @@ fn rivals(run: &Run) -> Vec<String> {
     names
 }
 
-/// The contenders of the main line-up, in order.
-pub fn main_names(run: &Run) -> Vec<String> {
+/// The contenders of a line-up, in order.
+pub fn names(run: &Run, lineup: Lineup) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
-    for cell in run
-        .cells
-        .iter()
-        .filter(|cell| cell.cell.lineup == Lineup::Main)
-    {
+    for cell in run.cells.iter().filter(|cell| cell.cell.lineup == lineup) {
         for contender in &cell.contenders {
             if !names.contains(&contender.name) {
                 names.push(contender.name.clone());
@@ -247,7 +278,9 @@ pub fn main_names(run: &Run) -> Vec<String> {
 
 /// Half of what epoll did at full speed, to two digits: a rate that every contender is to keep up with.
 pub fn offered(cell: &CellResult) -> Option<f64> {
-    let reference = cell.contender(EPOLLS[0]).or(cell.contenders.first())?;
+    let reference = cell
+        .contender(epolls(&cell.cell)[0])
+        .or(cell.contenders.first())?;
     let rate = median(&reference.each(|round| round.messages_per_second))? / 2.0;
     let scale = 10f64.powf(rate.log10().floor() - 1.0);
     Some((rate / scale).floor() * scale)

@@ -44,7 +44,8 @@ struct Connection {
     times: VecDeque<u64>,
 }
 
-struct Load {
+/// Connections that keep their depth in flight.
+pub(super) struct Load {
     common: Common,
     connections: Vec<Connection>,
     depth: u32,
@@ -54,30 +55,20 @@ struct Load {
     unissued: u64,
     unechoed: u64,
     start: Instant,
-    latencies: Histogram<u64>,
+    /// Nanoseconds.
+    pub(super) latencies: Histogram<u64>,
 }
 
 /// Runs the load.
 pub fn load(args: &EchoArgs) -> io::Result<()> {
     let warmup = args.warmup.unwrap_or(args.messages / 10);
     let common = Common::new(args.size, args.depth)?;
-    let mut connections = Vec::with_capacity(args.connections as usize);
+    let mut streams = Vec::with_capacity(args.connections as usize);
     for index in 0..args.connections as usize {
-        connections.push(Connection {
-            stream: Stream::open(&common, &args.target, index, index)?,
-            times: VecDeque::with_capacity(args.depth as usize),
-        });
+        streams.push(Stream::open(&common, &args.target, index, index)?);
     }
-    let mut load = Load {
-        common,
-        connections,
-        depth: args.depth,
-        patience: if args.busy { 0 } else { 1000 },
-        unissued: 0,
-        unechoed: 0,
-        start: Instant::now(),
-        latencies: latencies(),
-    };
+    let patience_ms = if args.busy { 0 } else { 1000 };
+    let mut load = Load::new(common, streams, args.depth, patience_ms);
     load.run(warmup)?;
     load.latencies.reset();
     let measured = args
@@ -95,13 +86,31 @@ pub fn load(args: &EchoArgs) -> io::Result<()> {
 }
 
 impl Load {
+    /// With `depth` messages in flight on each connection, sleeping for at most `patience_ms` at a time.
+    pub(super) fn new(common: Common, streams: Vec<Stream>, depth: u32, patience_ms: i32) -> Load {
+        let connection = |stream| Connection {
+            stream,
+            times: VecDeque::with_capacity(depth as usize),
+        };
+        Load {
+            common,
+            connections: streams.into_iter().map(connection).collect(),
+            depth,
+            patience: patience_ms,
+            unissued: 0,
+            unechoed: 0,
+            start: Instant::now(),
+            latencies: latencies(),
+        }
+    }
+
     #[inline(always)]
     fn now(&self) -> u64 {
         self.start.elapsed().as_nanos() as u64
     }
 
     /// Issues so many messages and waits for all their echoes.
-    fn run(&mut self, messages: u64) -> io::Result<()> {
+    pub(super) fn run(&mut self, messages: u64) -> io::Result<()> {
         self.unissued = messages;
         self.unechoed = messages;
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];

@@ -9,6 +9,7 @@ mod echo;
 mod fanout;
 mod idle;
 mod paced;
+mod stalled;
 mod stream;
 mod udp;
 
@@ -48,6 +49,8 @@ enum Kind {
     Churn(churn::ChurnArgs),
     /// Open connections and hold them.
     Idle(idle::IdleArgs),
+    /// Keep a message in flight on every connection, alone and beside others that never read.
+    Stalled(stalled::StalledArgs),
     /// Publish messages to many connections.
     Fanout(fanout::FanoutArgs),
 }
@@ -60,6 +63,7 @@ pub fn load(args: LoadArgs) -> ExitCode {
         Kind::Udp(args) => udp::load(&args),
         Kind::Churn(args) => churn::load(&args),
         Kind::Idle(args) => idle::load(&args),
+        Kind::Stalled(args) => stalled::load(&args),
         Kind::Fanout(args) => fanout::load(&args),
     };
     match outcome {

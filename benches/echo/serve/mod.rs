@@ -6,14 +6,17 @@
 mod buffers;
 mod corrupt;
 mod epoll;
+mod epoll_proxy;
 mod epoll_udp;
 mod fanout;
+mod other_proxy;
 mod poll_ring;
 mod raw_multi;
 mod raw_single;
 mod raw_udp;
 mod ring;
 mod ringsock;
+mod ringsock_proxy;
 mod threads;
 
 use std::io::{self, Write};
@@ -54,6 +57,12 @@ enum Contender {
     RingsockLease(ListenArgs),
     /// The crate without fibers: a thread for each connection.
     RingsockThread(ListenArgs),
+    /// A proxy with epoll.
+    EpollProxy(epoll_proxy::EpollProxyArgs),
+    /// A proxy with the crate.
+    RingsockProxy(ringsock_proxy::RingsockProxyArgs),
+    /// A proxy of other people's.
+    OtherProxy(other_proxy::OtherProxyArgs),
     /// An echo that goes wrong, to test what judges the others.
     Corrupt(corrupt::CorruptArgs),
 }
@@ -69,6 +78,9 @@ pub fn serve(args: ServeArgs) -> ExitCode {
         Contender::Ringsock(args) => ringsock::serve(args),
         Contender::RingsockLease(args) => ringsock::serve_leases(args),
         Contender::RingsockThread(args) => ringsock::serve_threads(args),
+        Contender::EpollProxy(args) => epoll_proxy::serve(&args),
+        Contender::RingsockProxy(args) => ringsock_proxy::serve(&args),
+        Contender::OtherProxy(args) => other_proxy::serve(&args),
         Contender::Corrupt(args) => corrupt::serve(&args),
     };
     match outcome {
