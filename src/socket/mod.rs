@@ -38,6 +38,7 @@ mod module;
 mod options;
 mod queue;
 mod sendfile;
+mod udp;
 
 use std::fmt;
 use std::io;
@@ -74,6 +75,7 @@ pub use module::{
     SocketType, close, dup, fromfd, getdefaulttimeout, setdefaulttimeout, socket, socket_with,
 };
 pub use options::{Keepalive, OptionValue};
+pub use udp::{Datagrams, Segments, SegmentsIter};
 
 /// `timeout_ns` of a socket in blocking mode.
 const BLOCKING: i64 = -1;
@@ -164,6 +166,8 @@ struct Inner {
     files: file::Files,
     /// What `sendall_later` queued, once it has.
     queue: OnceLock<Box<queue::SendQueue>>,
+    /// Which segments the kernel may be given to cut.
+    segmentation: udp::Segmentation,
     inflight: InFlight,
 }
 
@@ -318,6 +322,7 @@ impl Socket {
             receives: AtomicBool::new(false),
             files: file::Files::new(),
             queue: OnceLock::new(),
+            segmentation: udp::Segmentation::new(),
             inflight: InFlight::new(),
         })))
     }
@@ -1548,6 +1553,7 @@ impl Socket {
             receives: AtomicBool::new(false),
             files: file::Files::new(),
             queue: OnceLock::new(),
+            segmentation: udp::Segmentation::new(),
             inflight: InFlight::new(),
         }))
     }
