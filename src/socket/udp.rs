@@ -267,7 +267,7 @@ impl Datagrams {
     /// ```
     /// use ringsock::Datagrams;
     /// let mut batch = Datagrams::new(2, 64);
-    /// let address = ([127, 0, 0, 1], 9).into();
+    /// let address = (std::net::Ipv4Addr::LOCALHOST, 9).into();
     /// batch.push(b"hello", &address)?;
     /// for (segments, peer) in batch.iter() {
     ///     assert_eq!(segments.as_bytes(), b"hello");
@@ -306,7 +306,7 @@ impl Datagrams {
     /// ```
     /// use ringsock::Datagrams;
     /// let mut batch = Datagrams::new(1, 64);
-    /// batch.push_segmented(b"onetwosix!", 3, &([127, 0, 0, 1], 9).into())?;
+    /// batch.push_segmented(b"onetwosix!", 3, &(std::net::Ipv4Addr::LOCALHOST, 9).into())?;
     /// assert_eq!(batch.iter().map(|(segments, _)| segments.len()).sum::<usize>(), 4);
     /// # Ok::<(), ringsock::Error>(())
     /// ```
