@@ -1265,3 +1265,138 @@ impl Socket {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::constants::AF_UNIX;
+    use std::net::Ipv4Addr;
+
+    /// xorshift64*, for data that is random and the same every time.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, limit: usize) -> usize {
+            self.0 ^= self.0 >> 12;
+            self.0 ^= self.0 << 25;
+            self.0 ^= self.0 >> 27;
+            (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % limit
+        }
+    }
+
+    fn address(port: u16) -> SockAddr {
+        Address::from((Ipv4Addr::LOCALHOST, port)).encode().unwrap()
+    }
+
+    #[test]
+    fn messages_put_together_are_the_same_datagrams_in_the_same_order_within_the_limits() {
+        let addresses = [address(1), address(2)];
+        let bytes: Vec<u8> = (0..70_000).map(|index| index as u8).collect();
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let mut merged = 0;
+        for round in 0..20_000 {
+            let limit = [0, 100, 1_000, EVERY as usize][round % 4];
+            let mut burst = Burst::new(limit, SEND_BYTES_MAX_V4);
+            let mut expected: Vec<(usize, &[u8])> = Vec::new();
+            let mut is_full = false;
+            while !is_full {
+                let to = random.below(2) & random.below(2);
+                let unit = [1, 64, 64, 64, 500, 1_200, 40_000][random.below(7)];
+                let len = [0, 1, unit, unit, 3 * unit, unit + 1][random.below(6)].min(65_507);
+                let mut rest = &bytes[random.below(1_000)..][..len];
+                loop {
+                    let (whole, behind) = rest.split_at(burst.whole_bytes(rest.len(), unit));
+                    if !burst.add(Some(&addresses[to]), whole, unit) {
+                        is_full = true;
+                        break;
+                    }
+                    expected.extend(segments_of(whole, unit, 0).iter().map(|each| (to, each)));
+                    rest = behind;
+                    if rest.is_empty() {
+                        break;
+                    }
+                }
+            }
+            let mut found: Vec<(usize, &[u8])> = Vec::new();
+            for (index, departure) in burst.departures().iter().enumerate() {
+                let to = departure.address.unwrap();
+                let to = usize::from(to.is_same(&addresses[1]));
+                let datagrams: Vec<&[u8]> = burst.datagrams(departure).collect();
+                let len: usize = datagrams.iter().map(|datagram| datagram.len()).sum();
+                assert_eq!(burst.amount(index, 1), (datagrams.len(), len));
+                if let Some((last, before)) = datagrams.split_last()
+                    && !before.is_empty()
+                {
+                    merged += 1;
+                    // What the kernel makes of it: pieces of one size, the last one not longer and not empty.
+                    let unit = usize::from(departure.segment_bytes);
+                    assert!(before.iter().all(|datagram| datagram.len() == unit));
+                    assert!((1..=unit).contains(&last.len()) && unit < limit);
+                    assert!(datagrams.len() <= SEGMENTS_MAX && len <= SEND_BYTES_MAX_V4);
+                } else {
+                    assert_eq!(departure.segment_bytes, 0);
+                }
+                found.extend(datagrams.into_iter().map(|datagram| (to, datagram)));
+            }
+            assert!(found == expected, "round {round}");
+        }
+        assert!(merged > 10_000, "{merged} segmented messages only");
+    }
+
+    #[test]
+    fn a_refusal_is_remembered_by_what_it_says() {
+        let socket = Socket::new(AF_INET, SOCK_DGRAM, 0).unwrap();
+        let segmentation = &socket.0.segmentation;
+        assert_eq!(segmentation.limit(&socket), EVERY as usize);
+        // Too long, for some path: shorter segments are still cut by the kernel, and longer ones do not raise the limit again.
+        segmentation.refused(libc::EINVAL, 1_400);
+        segmentation.refused(libc::EMSGSIZE, 1_472);
+        assert_eq!(segmentation.limit(&socket), 1_400);
+        // Not at all.
+        segmentation.refused(libc::EIO, 64);
+        assert_eq!(segmentation.limit(&socket), 0);
+    }
+
+    #[test]
+    fn a_socket_that_never_heard_of_segments_is_not_tried() {
+        let socket = Socket::new(AF_UNIX, SOCK_DGRAM, 0).unwrap();
+        assert_eq!(socket.0.segmentation.limit(&socket), 0);
+    }
+
+    #[test]
+    fn the_kernels_refusal_is_remembered_and_another_reason_is_not() {
+        const SO_NO_CHECK: i32 = 11;
+        let receiver = Socket::new(AF_INET, SOCK_DGRAM, 0).unwrap();
+        receiver.bind(("127.0.0.1", 0)).unwrap();
+        let to = receiver.getsockname().unwrap();
+        let sender = Socket::new(AF_INET, SOCK_DGRAM, 0).unwrap();
+        let limit = || sender.0.segmentation.limit(&sender);
+        // Port 0 is EINVAL with segments and without.
+        sender
+            .sendto_segmented(b"abcd", 2, ("127.0.0.1", 0))
+            .unwrap_err();
+        assert_eq!(limit(), EVERY as usize);
+        sender.setsockopt(libc::SOL_SOCKET, SO_NO_CHECK, 1).unwrap();
+        assert_eq!(sender.sendto_segmented(b"abcd", 2, &to).unwrap(), 4);
+        assert!(limit() <= 2, "{}", limit());
+        assert_eq!(receiver.recv(16).unwrap(), b"ab");
+        assert_eq!(receiver.recv(16).unwrap(), b"cd");
+    }
+
+    #[test]
+    fn segments_are_counted_as_they_are_iterated() {
+        for len in 0..40 {
+            for unit in 1..20 {
+                let bytes = vec![7; len];
+                let segments = segments_of(&bytes, unit, 0);
+                let mut iter = segments.iter();
+                for left in (1..=segments.len()).rev() {
+                    assert_eq!(iter.len(), left);
+                    assert!(iter.next().is_some_and(|each| each.len() <= unit));
+                }
+                assert_eq!((iter.len(), iter.next()), (0, None));
+                assert_eq!(segments.iter().flatten().count(), len);
+            }
+        }
+    }
+}
