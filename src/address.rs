@@ -945,6 +945,12 @@ mod raw {
             unsafe { std::slice::from_raw_parts(start.cast::<u8>(), len) }
         }
 
+        /// Whether it is the same address, byte by byte.
+        #[inline]
+        pub(crate) fn is_same(&self, other: &SockAddr) -> bool {
+            self.bytes() == other.bytes()
+        }
+
         /// For the kernel to read `len()` bytes from. Valid until self moves.
         #[inline]
         pub(crate) fn as_ptr(&self) -> *const libc::sockaddr {

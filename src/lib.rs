@@ -58,11 +58,11 @@ pub use runtime::{
 };
 pub use socket::{
     Afalg, Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, Chunks, CreateConnection,
-    CreateServer, Credentials, Incoming, Keepalive, MakeFile, OptionValue, RecvMsg, RecvMsgInto,
-    SendMsg, Socket, SocketFile, SocketType, close, create_connection, create_connection_with,
-    create_server, create_server_with, dup, fromfd, getdefaulttimeout, has_dualstack_ipv6,
-    recv_fds, recv_fds_with, send_fds, send_fds_with, setdefaulttimeout, socket, socket_with,
-    socketpair, socketpair_with,
+    CreateServer, Credentials, Datagrams, Incoming, Keepalive, MakeFile, OptionValue, RecvMsg,
+    RecvMsgInto, Segments, SegmentsIter, SendMsg, Socket, SocketFile, SocketType, close,
+    create_connection, create_connection_with, create_server, create_server_with, dup, fromfd,
+    getdefaulttimeout, has_dualstack_ipv6, recv_fds, recv_fds_with, send_fds, send_fds_with,
+    setdefaulttimeout, socket, socket_with, socketpair, socketpair_with,
 };
 pub use timeout::Timeout;
 

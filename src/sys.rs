@@ -4,6 +4,8 @@
 //! operation answers alike whether a CQE or a call answered. It knows no sockets as objects and no fibers.
 #![allow(unsafe_code)]
 
+pub(crate) mod messages;
+
 use std::io::{IoSlice, IoSliceMut};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use ringsock::prelude::*;
-use ringsock::{run, socketpair, spawn};
+use ringsock::{Datagrams, run, socketpair, spawn};
 
 /// Says that this process is a child made for one test.
 const CHILD: &str = "RINGSOCK_TEST_CHILD";
@@ -160,6 +160,41 @@ fn echoes_of_leases_allocate_nothing() {
     check_fibers_with(|| socketpair().unwrap(), None, echo);
     check_fibers_with(|| socketpair().unwrap(), Some(30.0), echo);
     check_fibers_with(connected, None, echo);
+}
+
+#[test]
+fn batches_and_segments_of_datagrams_allocate_nothing() {
+    fn udp() -> Socket {
+        let socket = Socket::new(AF_INET, SOCK_DGRAM, 0).unwrap();
+        socket.bind(("127.0.0.1", 0)).unwrap();
+        socket.set_udp_gro(true).unwrap();
+        socket.settimeout(30.0).unwrap();
+        socket
+    }
+    run(|| {
+        let (server, client) = (udp(), udp());
+        let to = server.getsockname().unwrap();
+        let echoing = server.clone();
+        spawn(move || {
+            let mut batch = Datagrams::new(8, 65_535);
+            while echoing.recv_many(&mut batch).is_ok() {
+                echoing.send_many(&batch).unwrap();
+            }
+        });
+        let mut buffer = vec![0; 65_535];
+        let mut exchange = |rounds| {
+            for _ in 0..rounds {
+                client.sendto_segmented(&[7; 1_000], 90, &to).unwrap();
+                let mut received = 0;
+                while received < 12 {
+                    received += client.recv_segments(&mut buffer).unwrap().len();
+                }
+            }
+        };
+        exchange(WARM_UP);
+        assert_eq!(allocations(|| exchange(1_000)), 0);
+        server.close().unwrap();
+    });
 }
 
 #[test]

@@ -130,6 +130,42 @@ pub fn set_option(fd: RawFd, level: i32, name: i32, value: i32) -> io::Result<()
     check(unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), length) }).map(drop)
 }
 
+/// Room for the control message that names the size of segments, on the way in and on the way out.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Default)]
+pub struct SegmentControl([u8; 24]);
+
+impl SegmentControl {
+    /// Has the kernel cut what is sent into datagrams of so many bytes.
+    pub fn cutting(bytes: u16) -> Self {
+        let mut control = Self::default();
+        control.0[..8].copy_from_slice(&18usize.to_ne_bytes());
+        control.0[8..12].copy_from_slice(&libc::SOL_UDP.to_ne_bytes());
+        control.0[12..16].copy_from_slice(&libc::UDP_SEGMENT.to_ne_bytes());
+        control.0[16..18].copy_from_slice(&bytes.to_ne_bytes());
+        control
+    }
+
+    /// Makes it the control data of a message.
+    pub fn lend(&mut self, header: &mut libc::msghdr) {
+        header.msg_control = self.0.as_mut_ptr().cast();
+        header.msg_controllen = self.0.len() as _;
+    }
+}
+
+/// Of a received message: the bytes of each datagram in it, if the kernel put several together.
+pub fn segment_bytes(header: &libc::msghdr) -> Option<usize> {
+    // SAFETY: the kernel has left the header and its control data valid; the message's data is an int.
+    unsafe {
+        let control = libc::CMSG_FIRSTHDR(header);
+        if control.is_null() || (*control).cmsg_type != libc::UDP_GRO {
+            return None;
+        }
+        let bytes = libc::CMSG_DATA(control).cast::<libc::c_int>();
+        Some(bytes.read_unaligned() as usize)
+    }
+}
+
 /// Gives a datagram socket room for what a load has in flight: with privilege as much as is asked for, else what is allowed.
 pub fn widen_buffers(fd: RawFd) {
     let forced = [libc::SO_RCVBUFFORCE, libc::SO_SNDBUFFORCE];

@@ -3,12 +3,13 @@
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use super::{BLOCKING, BY_OPTION, Socket, first, receive_buf};
+use super::udp::Limit;
+use super::{Socket, first, receive_buf};
 use crate::address::{Address, SockAddr, ToAddress};
 use crate::buf::Buf;
 use crate::constants::{AF_INET, AF_INET6, AF_UNIX, MsgFlags, SOCK_SEQPACKET, SOCK_STREAM};
 use crate::driver::Op;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fiber::inflight::Direction;
 use crate::fiber::{self, error_from_outcome, outcome};
 use crate::sys::{self, Incoming, Piece, Scatter};
@@ -110,26 +111,10 @@ impl Socket {
         to: Option<&SockAddr>,
         timeout_ns: i64,
     ) -> Result<usize> {
-        let (limit_ns, expired) = match timeout_ns {
-            BY_OPTION => match sys::option_timeout_ns(self.0.fd, libc::SO_SNDTIMEO) {
-                Ok(limit_ns) => (
-                    limit_ns.unwrap_or(BLOCKING),
-                    Error::from_errno(libc::EAGAIN),
-                ),
-                Err(errno) => return Err(Error::from_errno(errno)),
-            },
-            timeout_ns => (timeout_ns, Error::Timeout),
-        };
-        let deadline_ns = match limit_ns {
-            BLOCKING => i64::MAX,
-            limit_ns => fiber::now_ns().saturating_add(limit_ns),
-        };
+        let limit = Limit::new(self, timeout_ns, Direction::Out)?;
         let mut stand_in: Option<OwnedFd> = None;
         loop {
-            let left_ns = match limit_ns {
-                BLOCKING => BLOCKING,
-                _ => (deadline_ns - fiber::now_ns()).max(0),
-            };
+            let left_ns = limit.left_ns();
             let (fd, wait_ns) = match &stand_in {
                 None => (self.0.fd, left_ns),
                 // Nobody buries this descriptor, so a close that has looked for calls in flight just before is noticed by looking.
@@ -139,7 +124,7 @@ impl Socket {
             let events = libc::POLLOUT;
             let target = Some((&self.0.inflight, Direction::Out));
             match fiber::suspend(&mut Op::Poll { fd, events }, wait_ns, target) {
-                outcome::TIMED_OUT if fiber::now_ns() >= deadline_ns => return Err(expired),
+                outcome::TIMED_OUT if limit.is_over() => return Err(limit.expired()),
                 outcome::TIMED_OUT if stand_in.is_some() => {}
                 code if code < 0 => return Err(error_from_outcome(code)),
                 _ => {}

@@ -741,14 +741,14 @@ fn taken_apart(nbytes: usize, message: &mut Incoming) -> RecvMsgInto {
 }
 
 /// One control message as it lies in the buffer.
-struct Item<'a> {
-    level: i32,
-    kind: i32,
-    data: &'a [u8],
+pub(super) struct Item<'a> {
+    pub(super) level: i32,
+    pub(super) kind: i32,
+    pub(super) data: &'a [u8],
 }
 
 /// Goes through control data. It believes no length: what does not fit ends it.
-struct Items<'a>(&'a [u8]);
+pub(super) struct Items<'a>(pub(super) &'a [u8]);
 
 impl<'a> Iterator for Items<'a> {
     type Item = Item<'a>;

@@ -38,6 +38,7 @@ mod module;
 mod options;
 mod queue;
 mod sendfile;
+mod udp;
 mod watched;
 
 use std::fmt;
@@ -75,6 +76,7 @@ pub use module::{
     SocketType, close, dup, fromfd, getdefaulttimeout, setdefaulttimeout, socket, socket_with,
 };
 pub use options::{Keepalive, OptionValue};
+pub use udp::{Datagrams, Segments, SegmentsIter};
 
 /// `timeout_ns` of a socket in blocking mode.
 const BLOCKING: i64 = -1;
@@ -165,6 +167,8 @@ struct Inner {
     files: file::Files,
     /// What `sendall_later` queued, once it has.
     queue: OnceLock<Box<queue::SendQueue>>,
+    /// Which segments the kernel may be given to cut.
+    segmentation: udp::Segmentation,
     inflight: InFlight,
 }
 
@@ -320,6 +324,7 @@ impl Socket {
             receives: AtomicBool::new(false),
             files: file::Files::new(),
             queue: OnceLock::new(),
+            segmentation: udp::Segmentation::new(),
             inflight: InFlight::new(),
         })))
     }
@@ -1582,6 +1587,7 @@ impl Socket {
             receives: AtomicBool::new(false),
             files: file::Files::new(),
             queue: OnceLock::new(),
+            segmentation: udp::Segmentation::new(),
             inflight: InFlight::new(),
         }))
     }

@@ -67,6 +67,9 @@ pub struct Cell {
     pub size: u32,
     /// Messages in flight on each connection.
     pub depth: u32,
+    /// The peer sends and receives many datagrams as one (UDP_SEGMENT, UDP_GRO).
+    #[serde(default)]
+    pub segmented: bool,
     /// Messages of a run: the same for every contender and every run, so that all do the same work.
     pub messages: u64,
 }
@@ -94,8 +97,29 @@ impl Cell {
             connections,
             size,
             depth,
+            segmented: false,
             messages: messages(family, connections, size, depth),
         }
+    }
+
+    /// Bursts of datagrams from a few peers, who segment or do not.
+    fn bursts(size: u32, segmented: bool) -> Self {
+        let cell = Self::echo(Family::Udp, 4, size, 32);
+        if !segmented {
+            return cell;
+        }
+        Self {
+            name: format!("{}-gso", cell.name),
+            segmented,
+            // What takes one server a tenth of the time is still to be measured.
+            messages: 3 * cell.messages,
+            ..cell
+        }
+    }
+
+    /// Whether datagrams come in bursts, so that many can be received at once.
+    pub fn is_bursts(&self) -> bool {
+        self.family == Family::Udp && self.depth > 1
     }
 
     pub fn in_lineup(self, lineup: Lineup, prefix: &str) -> Self {
@@ -122,6 +146,7 @@ impl Cell {
             connections,
             size: 64,
             depth: 1,
+            segmented: false,
             messages,
         }
     }
@@ -158,6 +183,9 @@ impl Cell {
                 if self.depth > 1 {
                     load += &format!(" ×{}", self.depth);
                 }
+                if self.segmented {
+                    load += " GSO";
+                }
                 (family.to_owned(), load)
             }
             Kind::Churn => (family.to_owned(), "churn".to_owned()),
@@ -184,6 +212,9 @@ impl Cell {
                 );
                 if self.depth > 1 {
                     what += &format!(", {} in flight each", self.depth);
+                }
+                if self.segmented {
+                    what += ", from peers that segment (GSO)";
                 }
                 what
             }
@@ -252,6 +283,10 @@ pub fn default_set() -> Vec<Cell> {
         Cell::echo(Unix, 64, 16 << 10, 1),
         Cell::echo(Unix, 64, 64 << 10, 1),
         Cell::echo(Udp, 64, 64, 1),
+        Cell::bursts(64, false),
+        Cell::bursts(1200, false),
+        Cell::bursts(64, true),
+        Cell::bursts(1200, true),
     ];
     cells.extend(special_set());
     cells.extend(proxy::cells());
@@ -282,6 +317,7 @@ pub fn quick_set() -> Vec<Cell> {
         Cell::echo(Unix, 64, 64, 16),
         Cell::echo(Unix, 64, 16 << 10, 1),
         Cell::echo(Udp, 64, 64, 1),
+        Cell::bursts(1200, true),
         Cell::special(Kind::Churn, Tcp, 32, 6_000),
     ];
     for cell in &mut cells {
@@ -305,6 +341,9 @@ pub fn grid() -> Vec<Cell> {
                 }
             }
         }
+    }
+    for segmented in [false, true] {
+        cells.extend([64, 1200].map(|size| Cell::bursts(size, segmented)));
     }
     cells.extend(special_set());
     cells.extend(proxy::cells());

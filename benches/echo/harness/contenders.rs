@@ -11,9 +11,9 @@ use super::proxy;
 pub const OURS: &str = "ringsock";
 /// Ours, receiving into buffers that the worker lends.
 pub const OUR_LEASES: &str = "ringsock lease";
-/// Epoll as one would write it by hand: level-triggered, edge-triggered, and for datagrams with recvmmsg and sendmmsg. The best of
-/// them in a cell is what others are compared to.
-pub const EPOLLS: [&str; 3] = ["epoll", "epoll edge", "epoll mmsg"];
+/// Epoll as one would write it by hand: level-triggered, edge-triggered, and for datagrams with recvmmsg and sendmmsg, without and
+/// with UDP_GRO and UDP_SEGMENT. The best of them in a cell is what others are compared to.
+pub const EPOLLS: [&str; 4] = ["epoll", "epoll edge", "epoll mmsg", "epoll gro"];
 /// The first of [`EPOLLS`] once more: what it differs by from itself is chance.
 pub const AGAIN: &str = "epoll again";
 /// The hand-written rings, which are limits and no rivals.
@@ -70,7 +70,7 @@ impl Contender {
         // Memory differs by no chance that a second row would show, and edges are no matter to idle connections.
         let same = idle && (self.name == AGAIN || self.name == EPOLLS[1]);
         // Only datagrams come several to a call.
-        let unlike = self.name == EPOLLS[2] && cell.family != Family::Udp;
+        let unlike = EPOLLS[2..].contains(&&*self.name) && cell.family != Family::Udp;
         let shows = cell.lineup != Lineup::Proxy || proxy::takes_part(&self.name, cell);
         self.lineup == cell.lineup && !same && !unlike && shows
     }
@@ -94,7 +94,7 @@ impl Contender {
 /// Everyone who can take part, and a sentence about each who is missing.
 pub fn all(root: &Path, peers: Option<&Path>) -> io::Result<(Vec<Contender>, Vec<String>)> {
     use Lineup::{Main, Spin, Threads, Timeouts};
-    let [epoll, edge, mmsg] = EPOLLS;
+    let [epoll, edge, mmsg, gro] = EPOLLS;
     let mut contenders = vec![
         Contender::new(Main, OURS, &["ringsock"])?,
         Contender::new(Main, OUR_LEASES, &["ringsock-lease"])?,
@@ -102,6 +102,7 @@ pub fn all(root: &Path, peers: Option<&Path>) -> io::Result<(Vec<Contender>, Vec
         Contender::new(Main, AGAIN, &["epoll"])?,
         Contender::new(Main, edge, &["epoll", "--edge"])?,
         Contender::new(Main, mmsg, &["epoll", "--batch", BATCH])?,
+        Contender::new(Main, gro, &["epoll", "--batch", BATCH, "--segments"])?,
         Contender::new(Main, "raw-single", &["raw-single"])?,
         Contender::new(Main, "raw-multi", &["raw-multi"])?,
         Contender::new(Main, "raw-multi direct", &["raw-multi", "--direct"])?,

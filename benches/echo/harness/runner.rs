@@ -379,6 +379,9 @@ fn options_of(kind: &str, cell: &Cell, messages: u64) -> Vec<OsString> {
     if cell.kind != Kind::Idle {
         put("--messages", messages);
     }
+    if cell.segmented {
+        options.push("--segmented".into());
+    }
     if kind == "echo" && cell.is_ping_pong() {
         options.push("--busy".into());
     }

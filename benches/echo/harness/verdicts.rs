@@ -203,6 +203,47 @@ pub fn figures(run: &Run) -> Vec<Figure> {
         wanted: half.len().div_ceil(2),
         judged: half,
     });
+    // The tolerance is a share of a ratio: at a tenth of epoll's cost it is a tenth as much.
+    let of_limit = |tolerance: &Tolerance, limit: f64| Tolerance {
+        minimum: tolerance.minimum * limit.min(1.0),
+        median: tolerance.median * limit.min(1.0),
+    };
+    for (claim, segmented, rival, limit) in [
+        (
+            "datagrams, peers that do not segment: at most 0.85 × recvfrom and sendto with epoll",
+            false,
+            EPOLLS[0],
+            0.85,
+        ),
+        (
+            "datagrams, peers that do not segment: at most 1.05 × recvmmsg and sendmmsg with epoll",
+            false,
+            EPOLLS[2],
+            1.05,
+        ),
+        (
+            "datagrams, peers that segment: at most 0.1 × recvfrom and sendto with epoll",
+            true,
+            EPOLLS[0],
+            0.1,
+        ),
+        (
+            "datagrams, peers that segment: at most 1.1 × UDP_GRO and UDP_SEGMENT with epoll",
+            true,
+            EPOLLS[3],
+            1.1,
+        ),
+    ] {
+        let all = main()
+            .filter(|(cell, _)| cell.cell.is_bursts() && cell.cell.segmented == segmented)
+            .filter_map(|(cell, tolerance)| {
+                let ratio = against(run, cell, OURS, rival)?;
+                let tolerance = of_limit(tolerance, limit);
+                Some(judged(cell, &tolerance, rival, ratio, limit))
+            })
+            .collect();
+        figures.push(Figure::in_every(claim, all));
+    }
     for rival in rivals(run) {
         let all = main()
             .filter_map(|(cell, tolerance)| {

@@ -1,4 +1,7 @@
 //! Datagrams: every flow keeps a window in flight; what does not come back in time is lost, is counted and makes room.
+//!
+//! Sent with one sendmmsg for many, or, by a peer that segments, with one sendmsg that the kernel cuts (UDP_SEGMENT); such a peer
+//! also receives what is put together (UDP_GRO).
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -12,7 +15,10 @@ use clap::Args;
 use hdrhistogram::Histogram;
 
 use super::{Pattern, Report, Window, WindowArgs, latencies};
-use crate::sys::{EVENTS, epoll_open, epoll_set, epoll_wait, errno, other, widen_buffers};
+use crate::sys::{
+    EVENTS, SegmentControl, epoll_open, epoll_set, epoll_wait, errno, other, segment_bytes,
+    set_option, widen_buffers,
+};
 
 /// Options of this load.
 #[derive(Args)]
@@ -31,6 +37,9 @@ pub struct UdpArgs {
     /// Bytes in a datagram, of which eight are its number.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(16..=16_384))]
     size: u32,
+    /// Send and receive many as one, as a peer with segmentation offload does.
+    #[arg(long)]
+    segmented: bool,
     /// Datagrams to measure, over all flows, the lost ones among them.
     #[arg(long, default_value_t = 400_000, value_parser = clap::value_parser!(u64).range(1..))]
     messages: u64,
@@ -44,6 +53,8 @@ pub struct UdpArgs {
 
 /// Datagrams sent or received with one call at most.
 const BATCH: usize = 64;
+/// The most bytes of one send that is cut: 64 KiB less the headers of IPv6.
+const SEGMENTED_BYTES: usize = 65_487;
 /// The number in front of the pattern.
 const NUMBER_BYTES: usize = 8;
 
@@ -125,11 +136,67 @@ fn counted(count: i32) -> io::Result<usize> {
     }
 }
 
+/// Datagrams in one piece of memory, which the kernel cuts on the way out and puts together on the way in.
+struct Whole {
+    bytes: Vec<u8>,
+    /// Of the datagrams of one send.
+    most: usize,
+}
+
+impl Whole {
+    fn new(size: usize) -> Self {
+        Self {
+            // One receive brings no more.
+            bytes: vec![0; 65_536],
+            most: BATCH.min(SEGMENTED_BYTES / size),
+        }
+    }
+
+    /// Receives: how many bytes, and the bytes of each datagram in them.
+    fn receive(&mut self, fd: RawFd) -> io::Result<(usize, usize)> {
+        let mut vector = libc::iovec {
+            iov_base: self.bytes.as_mut_ptr().cast(),
+            iov_len: self.bytes.len(),
+        };
+        let mut control = SegmentControl::default();
+        // SAFETY: all-zero is a valid value.
+        let mut header: libc::msghdr = unsafe { zeroed() };
+        header.msg_iov = &raw mut vector;
+        header.msg_iovlen = 1;
+        control.lend(&mut header);
+        // SAFETY: the header points to memory of the lengths it says.
+        let count = unsafe { libc::recvmsg(fd, &raw mut header, libc::MSG_DONTWAIT) };
+        let count = counted(count as i32)?;
+        Ok((count, segment_bytes(&header).unwrap_or(count)))
+    }
+
+    /// Sends so many datagrams of `size` bytes: whether there was room.
+    fn send(&mut self, fd: RawFd, count: usize, size: usize) -> io::Result<bool> {
+        let mut vector = libc::iovec {
+            iov_base: self.bytes.as_mut_ptr().cast(),
+            iov_len: count * size,
+        };
+        let mut control = SegmentControl::cutting(size as u16);
+        // SAFETY: as above.
+        let mut header: libc::msghdr = unsafe { zeroed() };
+        header.msg_iov = &raw mut vector;
+        header.msg_iovlen = 1;
+        if count > 1 {
+            control.lend(&mut header);
+        }
+        // SAFETY: as above.
+        let sent = unsafe { libc::sendmsg(fd, &raw const header, libc::MSG_DONTWAIT) };
+        Ok(counted(sent as i32)? > 0)
+    }
+}
+
 struct Load {
     poll: RawFd,
     flows: Vec<Flow>,
     outgoing: Batch,
     incoming: Batch,
+    /// For a peer that segments.
+    whole: Option<Whole>,
     pattern: Pattern,
     size: usize,
     in_flight: u32,
@@ -160,6 +227,9 @@ pub fn load(args: &UdpArgs) -> io::Result<()> {
         socket.connect(args.connect)?;
         let fd = socket.into_raw_fd();
         widen_buffers(fd);
+        if args.segmented {
+            set_option(fd, libc::SOL_UDP, libc::UDP_GRO, 1)?;
+        }
         epoll_set(poll, libc::EPOLL_CTL_ADD, fd, libc::EPOLLIN as u32, index)?;
         flows.push(Flow {
             fd,
@@ -175,6 +245,7 @@ pub fn load(args: &UdpArgs) -> io::Result<()> {
         outgoing: Batch::new(size),
         // One byte more shows a datagram that has grown.
         incoming: Batch::new(size + 1),
+        whole: args.segmented.then(|| Whole::new(size)),
         pattern: Pattern::new(size, size),
         size,
         in_flight: args.in_flight,
@@ -246,17 +317,35 @@ impl Load {
         loop {
             let flow = &mut self.flows[index];
             let room = u64::from(self.in_flight - flow.flying);
-            let count = room.min(self.unissued).min(BATCH as u64) as usize;
+            let most = self.whole.as_ref().map_or(BATCH, |whole| whole.most);
+            let count = room.min(self.unissued).min(most as u64) as usize;
             if count == 0 {
                 return Ok(());
             }
-            for (number, buffer) in (flow.next..).zip(&mut self.outgoing.buffers[..count]) {
+            let write = |number: u64, buffer: &mut [u8]| {
                 buffer[..NUMBER_BYTES].copy_from_slice(&number.to_le_bytes());
                 let rest = expected(&self.pattern, index, number, self.size);
                 buffer[NUMBER_BYTES..].copy_from_slice(rest);
-            }
-            let now = self.start.elapsed().as_nanos() as u64 + 1;
-            let sent = self.outgoing.send(flow.fd, 0, count)?;
+            };
+            let now;
+            let sent = match &mut self.whole {
+                None => {
+                    let buffers = &mut self.outgoing.buffers[..count];
+                    (flow.next..)
+                        .zip(buffers)
+                        .for_each(|(number, buffer)| write(number, buffer));
+                    now = self.start.elapsed().as_nanos() as u64 + 1;
+                    self.outgoing.send(flow.fd, 0, count)?
+                }
+                Some(whole) => {
+                    let buffers = whole.bytes.chunks_exact_mut(self.size).take(count);
+                    (flow.next..)
+                        .zip(buffers)
+                        .for_each(|(number, buffer)| write(number, buffer));
+                    now = self.start.elapsed().as_nanos() as u64 + 1;
+                    count * usize::from(whole.send(flow.fd, count, self.size)?)
+                }
+            };
             flow.next += sent as u64;
             flow.flying += sent as u32;
             flow.sent.extend(std::iter::repeat_n(now, sent));
@@ -271,37 +360,28 @@ impl Load {
     #[inline(always)]
     fn receive(&mut self, index: usize) -> io::Result<()> {
         let flow = &mut self.flows[index];
-        let count = self.incoming.receive(flow.fd)?;
-        let now = self.start.elapsed().as_nanos() as u64 + 1;
-        for (header, buffer) in self
-            .incoming
-            .headers
-            .iter()
-            .zip(&self.incoming.buffers)
-            .take(count)
-        {
-            let bytes = &buffer[..header.msg_len as usize];
-            if bytes.len() != self.size {
-                return Err(other(format!(
-                    "flow {index} echoed {} bytes of {}",
-                    bytes.len(),
-                    self.size
-                )));
+        let mut echoes = Echoes {
+            index,
+            size: self.size,
+            pattern: &self.pattern,
+            latencies: &mut self.latencies,
+            unsettled: &mut self.unsettled,
+        };
+        match &mut self.whole {
+            None => {
+                let count = self.incoming.receive(flow.fd)?;
+                let now = self.start.elapsed().as_nanos() as u64 + 1;
+                let headers = &self.incoming.headers[..count];
+                for (header, buffer) in headers.iter().zip(&self.incoming.buffers) {
+                    echoes.settle(flow, &buffer[..header.msg_len as usize], now)?;
+                }
             }
-            let (number, rest) = bytes.split_at(NUMBER_BYTES);
-            let number = u64::from_le_bytes(number.try_into().expect("eight bytes"));
-            if number >= flow.next || rest != expected(&self.pattern, index, number, self.size) {
-                return Err(other(format!("flow {index} echoed wrong bytes")));
-            }
-            // One that was given up may still come; it has been counted already.
-            let Some(place) = number.checked_sub(flow.oldest) else {
-                continue;
-            };
-            let sent = std::mem::take(&mut flow.sent[place as usize]);
-            if sent > 0 {
-                self.latencies.saturating_record(now - sent);
-                flow.flying -= 1;
-                self.unsettled -= 1;
+            Some(whole) => {
+                let (count, each) = whole.receive(flow.fd)?;
+                let now = self.start.elapsed().as_nanos() as u64 + 1;
+                for bytes in whole.bytes[..count].chunks(each.max(1)) {
+                    echoes.settle(flow, bytes, now)?;
+                }
             }
         }
         while flow.sent.front() == Some(&0) {
@@ -326,6 +406,45 @@ impl Load {
             flow.sent.pop_front();
             flow.oldest += 1;
         }
+    }
+}
+
+/// What came back on a flow.
+struct Echoes<'a> {
+    index: usize,
+    size: usize,
+    pattern: &'a Pattern,
+    latencies: &'a mut Histogram<u64>,
+    unsettled: &'a mut u64,
+}
+
+impl Echoes<'_> {
+    /// Verifies one datagram and counts it.
+    #[inline(always)]
+    fn settle(&mut self, flow: &mut Flow, bytes: &[u8], now: u64) -> io::Result<()> {
+        let (index, size) = (self.index, self.size);
+        if bytes.len() != size {
+            return Err(other(format!(
+                "flow {index} echoed {} bytes of {size}",
+                bytes.len(),
+            )));
+        }
+        let (number, rest) = bytes.split_at(NUMBER_BYTES);
+        let number = u64::from_le_bytes(number.try_into().expect("eight bytes"));
+        if number >= flow.next || rest != expected(self.pattern, index, number, size) {
+            return Err(other(format!("flow {index} echoed wrong bytes")));
+        }
+        // One that was given up may still come; it has been counted already.
+        let Some(place) = number.checked_sub(flow.oldest) else {
+            return Ok(());
+        };
+        let sent = std::mem::take(&mut flow.sent[place as usize]);
+        if sent > 0 {
+            self.latencies.saturating_record(now - sent);
+            flow.flying -= 1;
+            *self.unsettled -= 1;
+        }
+        Ok(())
     }
 }
 

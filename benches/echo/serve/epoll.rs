@@ -25,6 +25,9 @@ pub struct EpollArgs {
     /// Datagrams to receive, and to send, with one call.
     #[arg(long, value_name = "DATAGRAMS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(super) batch: u32,
+    /// Receive and send the datagrams of one flow as one, where the peer does (UDP_GRO, UDP_SEGMENT).
+    #[arg(long)]
+    pub(super) segments: bool,
 }
 
 /// Data of the listener and the timer; anything less is a connection's index.
@@ -59,7 +62,7 @@ pub fn serve(args: &EpollArgs) -> io::Result<()> {
     if args.listen.udp.is_some() {
         return epoll_udp::serve(args);
     }
-    if args.batch > 1 {
+    if args.batch > 1 || args.segments {
         return Err(cannot("only datagrams come in batches"));
     }
     let listening = Listening::open(&args.listen)?;

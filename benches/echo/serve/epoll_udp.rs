@@ -1,4 +1,5 @@
-//! Datagrams with epoll: one call for each, or one for a batch (recvmmsg, sendmmsg).
+//! Datagrams with epoll: one call for each, or one for a batch (recvmmsg, sendmmsg), and on request many that came as one go back as
+//! one (UDP_GRO, UDP_SEGMENT).
 #![allow(unsafe_code)]
 
 use std::io;
@@ -8,7 +9,9 @@ use std::time::Duration;
 
 use super::epoll::{EpollArgs, epoll_spin};
 use super::{Listening, cannot};
-use crate::sys::{EVENTS, epoll_open, epoll_set, epoll_wait};
+use crate::sys::{
+    EVENTS, SegmentControl, epoll_open, epoll_set, epoll_wait, segment_bytes, set_option,
+};
 
 /// How many calls find datagrams before another look at the events.
 const TURNS: usize = 64;
@@ -34,7 +37,14 @@ pub fn serve(args: &EpollArgs) -> io::Result<()> {
     )?;
     listening.announce()?;
     let spin = args.spin.map(Duration::from_micros);
-    let mut batch = Batch::new(args.batch as usize, args.listen.buffer as usize);
+    let size = if args.segments {
+        set_option(listening.fd, libc::SOL_UDP, libc::UDP_GRO, 1)?;
+        // One receive may bring so much. Another cache line, so that not all begin in one set of the cache.
+        65_536 + 64
+    } else {
+        args.listen.buffer as usize
+    };
+    let mut batch = Batch::new(args.batch as usize, size, args.segments);
     let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
     loop {
         let count = match spin {
@@ -43,7 +53,7 @@ pub fn serve(args: &EpollArgs) -> io::Result<()> {
         };
         if count > 0 {
             for _ in 0..TURNS {
-                let more = if args.batch > 1 {
+                let more = if args.batch > 1 || args.segments {
                     batch.many(listening.fd)
                 } else {
                     batch.one(listening.fd)
@@ -62,12 +72,14 @@ struct Batch {
     _vectors: Vec<libc::iovec>,
     names: Vec<libc::sockaddr_storage>,
     buffers: Vec<Box<[u8]>>,
+    /// For the sizes of segments, on the way in and then on the way out.
+    controls: Option<Vec<SegmentControl>>,
 }
 
 const NAME_BYTES: libc::socklen_t = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
 
 impl Batch {
-    fn new(count: usize, size: usize) -> Self {
+    fn new(count: usize, size: usize, segments: bool) -> Self {
         let mut buffers: Vec<Box<[u8]>> = (0..count).map(|_| vec![0; size].into()).collect();
         // SAFETY: all-zero is a valid value of both.
         let (mut names, mut messages) = unsafe {
@@ -93,6 +105,7 @@ impl Batch {
             _vectors: vectors,
             names,
             buffers,
+            controls: segments.then(|| vec![SegmentControl::default(); count]),
         }
     }
 
@@ -137,6 +150,11 @@ impl Batch {
             // SAFETY: the vector belongs to this batch.
             unsafe { (*message.msg_hdr.msg_iov).iov_len = size };
         }
+        if let Some(controls) = &mut self.controls {
+            for (message, control) in self.messages.iter_mut().zip(controls) {
+                control.lend(&mut message.msg_hdr);
+            }
+        }
         // SAFETY: the headers point to memory of this batch, of the lengths they say.
         let count = unsafe {
             libc::recvmmsg(
@@ -151,6 +169,17 @@ impl Batch {
         for message in &mut self.messages[..count] {
             // SAFETY: as above.
             unsafe { (*message.msg_hdr.msg_iov).iov_len = message.msg_len as usize };
+        }
+        if let Some(controls) = &mut self.controls {
+            for (message, control) in self.messages[..count].iter_mut().zip(controls) {
+                match segment_bytes(&message.msg_hdr) {
+                    Some(bytes) => {
+                        *control = SegmentControl::cutting(bytes as u16);
+                        control.lend(&mut message.msg_hdr);
+                    }
+                    None => message.msg_hdr.msg_controllen = 0,
+                }
+            }
         }
         let mut sent = 0;
         while sent < count {

@@ -9,10 +9,13 @@ use std::time::Duration;
 
 use clap::Args;
 use ringsock::prelude::*;
-use ringsock::{CreateServer, Runtime, ServeOptions};
+use ringsock::{CreateServer, Datagrams, Runtime, ServeOptions};
 
 use super::fanout::Fanout;
 use super::{ListenArgs, cannot};
+
+/// Receives of one call.
+const BATCH: usize = 32;
 
 /// Options of this server.
 #[derive(Args)]
@@ -202,11 +205,13 @@ fn datagrams(args: &ListenArgs) -> io::Result<()> {
     socket.bind(args.udp.expect("an address for datagrams"))?;
     socket.settimeout(args.timeout.map(|timeout| timeout.as_secs_f64()))?;
     announce(&socket.getsockname()?)?;
-    let mut buffer = vec![0; args.buffer as usize];
+    // As the example `udp_echo` has it.
+    let _ = socket.set_udp_gro(true);
+    let mut batch = Datagrams::new(BATCH, 65_535);
     loop {
-        // A datagram that could not be received or sent, or not in time, is lost, as datagrams may be.
-        if let Ok((count, Some(peer))) = socket.recvfrom_into(&mut buffer) {
-            let _ = socket.sendto(&buffer[..count], peer);
+        // Datagrams that could not be received or sent, or not in time, are lost, as datagrams may be.
+        if socket.recv_many(&mut batch).is_ok() {
+            let _ = socket.send_many(&batch);
         }
     }
 }
