@@ -747,6 +747,28 @@ struct Item<'a> {
     data: &'a [u8],
 }
 
+/// Control data of any bytes, for `fuzz/`: each piece lies within them and is decoded without a panic. No descriptor in it is made
+/// anybody's: the numbers are made up.
+#[cfg(fuzzing)]
+pub fn fuzzing_control_messages(bytes: &[u8]) {
+    let range = bytes.as_ptr_range();
+    for item in Items(bytes) {
+        assert!(item.data.is_empty() || range.contains(&item.data.as_ptr()));
+        assert!(item.data.as_ptr_range().end <= range.end);
+        if !matches!(item.kind, libc::SCM_RIGHTS | SCM_PIDFD) {
+            let _ = item.decode(|_| unreachable!("only these two have descriptors"));
+        }
+        // What was received can be sent again, and comes out the same.
+        let (level, kind, data) = (item.level, item.kind, item.data);
+        let words = control_data(&[AncillaryToSend::Raw { level, kind, data }]).expect("it fits");
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let again: Vec<_> = Items(&bytes)
+            .map(|i| (i.level, i.kind, i.data.to_vec()))
+            .collect();
+        assert_eq!(again, [(level, kind, data.to_vec())]);
+    }
+}
+
 /// Goes through control data. It believes no length: what does not fit ends it.
 struct Items<'a>(&'a [u8]);
 

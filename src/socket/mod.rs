@@ -66,6 +66,8 @@ pub use create::{
 };
 pub use file::{MakeFile, SocketFile};
 pub use iterators::{Chunks, Incoming};
+#[cfg(fuzzing)]
+pub use message::fuzzing_control_messages;
 pub use message::{
     Afalg, Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, Credentials, RecvMsg, RecvMsgInto,
     SendMsg, recv_fds, recv_fds_with, send_fds, send_fds_with,
