@@ -437,7 +437,8 @@ impl Socket {
         let data = receive_buf(bufsize, flags, |buffer| {
             let mut piece = Piece::NONE;
             let room = Scatter::one(buffer, &mut piece);
-            let message = self.recvmsg_raw(room, bufsize, ancbufsize, flags)?;
+            let message = self.recvmsg_raw(room, bufsize, ancbufsize, flags);
+            let message = self.traced("recvmsg", message)?;
             Ok(rest.insert(message).nbytes)
         })?;
         let rest = rest.expect("a message was received");
@@ -503,7 +504,8 @@ impl Socket {
         flags: MsgFlags,
     ) -> Result<RecvMsgInto> {
         let size = buffers.iter().map(|buffer| buffer.len()).sum();
-        self.recvmsg_raw(Scatter::many(buffers), size, ancbufsize, flags)
+        let message = self.recvmsg_raw(Scatter::many(buffers), size, ancbufsize, flags);
+        self.traced("recvmsg", message)
     }
 
     fn recvmsg_raw(
@@ -637,7 +639,8 @@ impl Socket {
             None => None,
         };
         let control = control_data(options.ancdata)?;
-        self.sendmsg_raw(buffers, &control, options.flags.bits(), address.as_ref())
+        let sent = self.sendmsg_raw(buffers, &control, options.flags.bits(), address.as_ref());
+        self.traced("sendmsg", sent)
     }
 
     /// [`sendmsg`](Socket::sendmsg) to the kernel's cryptography, on a socket that was accepted from one bound to an algorithm
@@ -680,7 +683,8 @@ impl Socket {
         let kind = libc::ALG_SET_AEAD_ASSOCLEN;
         ancdata.extend(assoclen.as_ref().map(|length| item(kind, length)));
         let control = control_data(&ancdata)?;
-        self.sendmsg_raw(buffers, &control, options.flags.bits(), None)
+        let sent = self.sendmsg_raw(buffers, &control, options.flags.bits(), None);
+        self.traced("sendmsg", sent)
     }
 
     fn sendmsg_raw(
