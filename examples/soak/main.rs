@@ -555,7 +555,10 @@ fn report(
             mib(samples, samples.len().checked_sub(1)),
             samples.iter().map(|s| s.descriptors).max().unwrap_or(0),
         )?;
-        if name == "server" && args.minutes >= JUDGED_MINUTES && !(slope <= args.slope_max) {
+        if name == "server"
+            && args.minutes >= JUDGED_MINUTES
+            && (slope.is_nan() || slope > args.slope_max)
+        {
             fail(
                 &mut out,
                 format!(

@@ -40,9 +40,9 @@ fuzz_target!(|data: &[u8]| {
     for family in [AF_INET, AF_INET6] {
         let mut expected = [0; 16];
         // SAFETY: a string that ends with a zero, and 16 bytes, which hold an address of either family.
-        let understood = unsafe {
-            inet_pton_of_c(family.bits(), c_text.as_ptr(), expected.as_mut_ptr().cast())
-        } == 1;
+        let understood =
+            unsafe { inet_pton_of_c(family.bits(), c_text.as_ptr(), expected.as_mut_ptr().cast()) }
+                == 1;
         let ours = inet_pton(family, text);
         assert_eq!(ours.is_ok(), understood, "inet_pton of {text:?}: {ours:?}");
         if let Ok(ours) = ours {

@@ -87,8 +87,15 @@ fn read(header: &[u8]) -> Option<Peers> {
     let port = |at: usize| Some(u16::from_be_bytes(body.get(at..at + 2)?.try_into().ok()?));
     match (family >> 4, len) {
         (1, 12) => {
-            let ip = |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(body.get(at..at + 4)?).ok()?));
-            Some(Peers::Ip((ip(0)?.into(), port(8)?), (ip(4)?.into(), port(10)?)))
+            let ip = |at: usize| {
+                Some(Ipv4Addr::from(
+                    <[u8; 4]>::try_from(body.get(at..at + 4)?).ok()?,
+                ))
+            };
+            Some(Peers::Ip(
+                (ip(0)?.into(), port(8)?),
+                (ip(4)?.into(), port(10)?),
+            ))
         }
         (2, 36) => {
             let ip = |at: usize| {

@@ -46,7 +46,9 @@ struct Stream {
 
 impl Stream {
     fn bytes(&self, count: usize) -> Vec<u8> {
-        (0..count).map(|n| self.next.wrapping_add(n as u8)).collect()
+        (0..count)
+            .map(|n| self.next.wrapping_add(n as u8))
+            .collect()
     }
 
     fn sent(&mut self, count: usize) {
@@ -58,7 +60,11 @@ impl Stream {
 
     fn received(&mut self, bytes: &[u8]) {
         for byte in bytes {
-            assert_eq!(self.under_way.pop_front(), Some(*byte), "lost, doubled or invented");
+            assert_eq!(
+                self.under_way.pop_front(),
+                Some(*byte),
+                "lost, doubled or invented"
+            );
         }
     }
 }
@@ -72,7 +78,9 @@ fn pair(choice: u8) -> (Socket, Socket) {
     client.connect(server.getsockname().unwrap()).unwrap();
     // A reset at the end leaves no TIME_WAIT behind, of which there would soon be too many.
     let linger: Vec<u8> = [1i32, 0].iter().flat_map(|n| n.to_ne_bytes()).collect();
-    client.setsockopt(SOL_SOCKET, SO_LINGER, &linger[..]).unwrap();
+    client
+        .setsockopt(SOL_SOCKET, SO_LINGER, &linger[..])
+        .unwrap();
     (client, server.accept().unwrap().0)
 }
 
@@ -81,7 +89,10 @@ fn is_expected(error: &Error) -> bool {
     *error == Error::Timeout
         || error.is_would_block()
         || error.is_closed()
-        || matches!(errno, Some(libc::EPIPE | libc::ECONNRESET | libc::ENOTCONN | libc::EINVAL))
+        || matches!(
+            errno,
+            Some(libc::EPIPE | libc::ECONNRESET | libc::ENOTCONN | libc::EINVAL)
+        )
 }
 
 fn play(data: &[u8]) {
@@ -114,18 +125,31 @@ fn play(data: &[u8]) {
                 // So little always fits, unless the other end is gone.
                 end.sendall(&bytes).map(|()| sends.borrow_mut().sent(count))
             }
-            8..12 => end.recv_into(&mut buffer[..count]).map(|n| gets.borrow_mut().received(&buffer[..n])),
+            8..12 => end
+                .recv_into(&mut buffer[..count])
+                .map(|n| gets.borrow_mut().received(&buffer[..n])),
             12..14 => end.recv(count).map(|got| gets.borrow_mut().received(&got)),
             14 => end.recv_with(count, MSG_PEEK).map(|got| {
-                assert!(gets.borrow().under_way.iter().zip(got.iter()).all(|(a, b)| a == b));
+                assert!(
+                    gets.borrow()
+                        .under_way
+                        .iter()
+                        .zip(got.iter())
+                        .all(|(a, b)| a == b)
+                );
             }),
-            15 => end.recv_with(count, MSG_WAITALL).map(|got| gets.borrow_mut().received(&got)),
-            16 => end.recv_with(count, MSG_DONTWAIT).map(|got| gets.borrow_mut().received(&got)),
+            15 => end
+                .recv_with(count, MSG_WAITALL)
+                .map(|got| gets.borrow_mut().received(&got)),
+            16 => end
+                .recv_with(count, MSG_DONTWAIT)
+                .map(|got| gets.borrow_mut().received(&got)),
             17 => timeout(short, || end.recv(count)).map(|got| gets.borrow_mut().received(&got)),
             18 => {
                 // A receive that is cancelled, perhaps just when data comes.
                 let (end, gets) = (end.clone(), gets.clone());
-                let fiber = spawn(move || end.recv(count).map(|got| gets.borrow_mut().received(&got)));
+                let fiber =
+                    spawn(move || end.recv(count).map(|got| gets.borrow_mut().received(&got)));
                 yield_now();
                 fiber.cancel();
                 match fiber.join().unwrap() {
@@ -136,7 +160,8 @@ fn play(data: &[u8]) {
             19 => {
                 // A receive beside this fiber, which sends to it.
                 let (end, gets) = (end.clone(), gets.clone());
-                let fiber = spawn(move || end.recv(256).map(|got| gets.borrow_mut().received(&got)));
+                let fiber =
+                    spawn(move || end.recv(256).map(|got| gets.borrow_mut().received(&got)));
                 let other = &ends[1 - which];
                 let bytes = streams[1 - which].borrow().bytes(count);
                 let sent = other.send(&bytes);
@@ -169,7 +194,8 @@ fn play(data: &[u8]) {
                 // Closed while another fiber receives.
                 let reader = end.clone();
                 let gets = gets.clone();
-                let fiber = spawn(move || reader.recv(16).map(|got| gets.borrow_mut().received(&got)));
+                let fiber =
+                    spawn(move || reader.recv(16).map(|got| gets.borrow_mut().received(&got)));
                 yield_now();
                 end.close().unwrap();
                 fiber.join().unwrap()
@@ -180,7 +206,10 @@ fn play(data: &[u8]) {
             }
             29 => sleep(Duration::from_micros(10)),
             30 => {
-                let mut parts = buffer.chunks_mut(100).map(std::io::IoSliceMut::new).collect::<Vec<_>>();
+                let mut parts = buffer
+                    .chunks_mut(100)
+                    .map(std::io::IoSliceMut::new)
+                    .collect::<Vec<_>>();
                 let result = end.recvmsg_into(&mut parts);
                 drop(parts);
                 result.map(|message| gets.borrow_mut().received(&buffer[..message.nbytes]))
@@ -189,7 +218,8 @@ fn play(data: &[u8]) {
                 let bytes = sends.borrow().bytes(count);
                 let (one, two) = bytes.split_at(count / 2);
                 let parts = [one, two].map(std::io::IoSlice::new);
-                end.sendmsg(&parts).map(|sent| sends.borrow_mut().sent(sent))
+                end.sendmsg(&parts)
+                    .map(|sent| sends.borrow_mut().sent(sent))
             }
         };
         match result {

@@ -4,7 +4,7 @@
 //! RINGSOCK_SEEDS says how many seeds each story is played with (20,000 if not said), RINGSOCK_FIRST_SEED from which on. The long
 //! form is in `tests/README.md`.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,6 +49,7 @@ fn simulate<T: 'static>(
     .unwrap();
     worker.run();
     let metrics = counts.snapshot();
+    OPERATIONS.with(|count| count.set(count.get() + metrics.operations));
     assert_eq!(metrics.fibers_live, 0, "seed {seed}: fibers left");
     assert_eq!(metrics.in_flight, 0, "seed {seed}: operations left");
     assert_eq!(
@@ -59,6 +60,20 @@ fn simulate<T: 'static>(
         .join()
         .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     (result, world)
+}
+
+thread_local! {
+    /// Operations of the stories that this test has played.
+    static OPERATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// What a test says at its end.
+fn say_how_much() {
+    println!(
+        "{} stories, {} operations",
+        seeds().count(),
+        OPERATIONS.get()
+    );
 }
 
 /// Seeds of each story, if RINGSOCK_SEEDS does not say.
@@ -125,6 +140,7 @@ fn data_at_the_deadline_is_received_whole_and_in_order() {
         timeouts >= one_in_twenty() * 20,
         "the deadlines were part of the story"
     );
+    say_how_much();
 }
 
 #[test]
@@ -146,6 +162,7 @@ fn a_timed_send_reports_exactly_what_the_peer_gets() {
             }
         });
     }
+    say_how_much();
 }
 
 #[test]
@@ -193,6 +210,7 @@ fn sendall_sends_all_or_a_prefix_by_its_deadline() {
         outcomes.iter().all(|count| *count >= one_in_twenty()),
         "both outcomes occur: {outcomes:?}"
     );
+    say_how_much();
 }
 
 #[test]
@@ -223,6 +241,7 @@ fn every_connection_at_the_deadline_is_accepted_once() {
         });
         drop(world);
     }
+    say_how_much();
 }
 
 /// Echo servers, sleepers, cancels, nested deadlines and joins at once, ended in the middle by the shutdown.
@@ -285,6 +304,7 @@ fn a_busy_worker_keeps_every_promise() {
             spawn(|| assert_eq!(sleep(None), Err(Error::Shutdown)));
         });
     }
+    say_how_much();
 }
 
 /// Leases of a pool of three, held for a while by receivers with deadlines, some of which are cancelled or find their socket
@@ -348,6 +368,7 @@ fn leases_bring_every_byte_whatever_ends_their_receives() {
         seen.iter().all(|count| *count >= one_in_twenty()),
         "timeouts, heap memory, cancels and closes occur: {seen:?}"
     );
+    say_how_much();
 }
 
 /// Receives leases, and holds on to some, until the end of the stream or of patience: the bytes, how it ended, and how often
