@@ -176,7 +176,7 @@ def judge(output, needs_ring, require_fallback):
         ok = not needs_ring and not require_fallback and "needs Linux" in said.get("refused", "")
     else:
         ok = False
-    text = {"pass": f"{passed} checks", "refused": said.get("refused", "")}.get(verdict, f"{verdict}: {passed} checks")
+    text = {"pass": f"{passed} checks", "refused": "refused: " + said.get("refused", "")}.get(verdict, f"{verdict}: {passed} checks")
     return ok, said.get("kernel", "?"), driver, text
 
 
