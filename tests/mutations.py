@@ -352,10 +352,18 @@ def copy_tree():
 
 
 def cargo(arguments, limit_s):
-    """Runs cargo test in the copy: the exit code (None: it did not end) and what it printed."""
-    environment = dict(os.environ, CARGO_TARGET_DIR=os.path.join(WORK, "target"), CARGO_PROFILE_DEV_DEBUG="0", RINGSOCK_SEEDS="2000", RINGSOCK_TRIALS="4000")
+    """Runs cargo in the copy: the exit code (None: it did not end) and what it printed."""
+    # Fewer repetitions than the tests make by themselves: a guard that is off shows soon.
+    environment = dict(
+        os.environ,
+        CARGO_TARGET_DIR=os.path.join(WORK, "target"),
+        CARGO_PROFILE_DEV_DEBUG="0",
+        RINGSOCK_SEEDS="2000",
+        RINGSOCK_TRIALS="4000",
+        RINGSOCK_RACES="5000",
+    )
     process = subprocess.Popen(
-        ["cargo", "test", "--quiet", *arguments],
+        ["cargo", *arguments],
         cwd=TREE, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:
@@ -370,16 +378,22 @@ def cargo(arguments, limit_s):
 
 def build(tests):
     """Builds what the tests need: None, or what is wrong."""
-    selection = tests[: tests.index("--")] if "--" in tests else tests
-    if "--doc" in selection:
+    if "--doc" in tests:
         return None
-    code, output = cargo(["--no-run", *selection], BUILD_LIMIT_S)
+    if "--examples" in tests:
+        # `cargo test --examples` would build them as tests.
+        code, output = cargo(["build", "--quiet", "--examples"], BUILD_LIMIT_S)
+        if code != 0:
+            return output
+    selection = [argument for argument in tests[: tests.index("--")] if argument != "--examples"]
+    code, output = cargo(["test", "--quiet", "--no-run", *selection], BUILD_LIMIT_S)
     return None if code == 0 else output
 
 
 def run(tests):
     """Whether the tests pass, and what they printed. A selection that matches nothing is no pass."""
-    code, output = cargo([argument for argument in tests if argument != "--examples"], TEST_LIMIT_S)
+    selection = [argument for argument in tests if argument != "--examples"]
+    code, output = cargo(["test", "--quiet", *selection], TEST_LIMIT_S)
     ran = "running 0 tests" not in output or "passed" in output.replace("0 passed", "")
     return code == 0 and ran, output if code is not None else output + "\n(it did not end)"
 
