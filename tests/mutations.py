@@ -3,6 +3,7 @@
 
     python3 tests/mutations.py                 all of them (half an hour on two cores)
     python3 tests/mutations.py NAME...         those whose name contains one of these
+    python3 tests/mutations.py --limit 60      tests that hang are given up sooner
     python3 tests/mutations.py --list          what there is
     python3 tests/mutations.py --check         whether every text to replace is still there, without building anything
 
@@ -390,10 +391,10 @@ def build(tests):
     return None if code == 0 else output
 
 
-def run(tests):
+def run(tests, limit_s):
     """Whether the tests pass, and what they printed. A selection that matches nothing is no pass."""
     selection = [argument for argument in tests if argument != "--examples"]
-    code, output = cargo(["test", "--quiet", *selection], TEST_LIMIT_S)
+    code, output = cargo(["test", "--quiet", *selection], limit_s)
     ran = "running 0 tests" not in output or "passed" in output.replace("0 passed", "")
     return code == 0 and ran, output if code is not None else output + "\n(it did not end)"
 
@@ -405,7 +406,7 @@ def stale(mutation):
     return None if count == 1 else f"{name}: the text is in {path} {count} times"
 
 
-def check(mutation):
+def check(mutation, limit_s):
     """Applies one mutation and takes it back: 'caught', or what is wrong."""
     _, path, text, replacement, tests = mutation
     target = os.path.join(TREE, path)
@@ -417,7 +418,7 @@ def check(mutation):
         errors = build(tests)
         if errors is not None:
             return "does not build:\n" + errors[-2000:]
-        passed, _ = run(tests)
+        passed, _ = run(tests, limit_s)
         return "SURVIVED" if passed else "caught"
     finally:
         with open(target, "w") as file:
@@ -429,6 +430,7 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--limit", type=float, default=TEST_LIMIT_S, metavar="SECONDS", help="when a test counts as hung")
     arguments = parser.parse_args()
     chosen = [m for m in MUTATIONS if not arguments.names or any(name in m[0] for name in arguments.names)]
     if not chosen:
@@ -452,13 +454,13 @@ def main():
         name, tests = mutation[0], mutation[4]
         if tuple(tests) not in passes:
             errors = build(tests)
-            passed, output = run(tests) if errors is None else (False, errors)
+            passed, output = run(tests, arguments.limit) if errors is None else (False, errors)
             if not passed:
                 print(f"{name}: the tests do not pass without it:\n{output[-3000:]}", flush=True)
                 wrong.append(name)
                 continue
             passes.add(tuple(tests))
-        verdict = check(mutation)
+        verdict = check(mutation, arguments.limit)
         print(f"{time.monotonic() - start:6.0f} s  {name}: {verdict}", flush=True)
         if verdict != "caught":
             wrong.append(name)
