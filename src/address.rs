@@ -912,7 +912,7 @@ mod raw {
         ///
         /// With fewer than 2 bytes or more than 128: a mistake of the encoder.
         #[inline]
-        pub(super) fn new(bytes: &[u8]) -> Self {
+        pub(crate) fn new(bytes: &[u8]) -> Self {
             assert!((2..=STORAGE_LEN).contains(&bytes.len()));
             let mut storage = MaybeUninit::<libc::sockaddr_storage>::uninit();
             // SAFETY: the assertion above keeps the copy inside the storage, a local that `bytes`

@@ -16,6 +16,9 @@ mod fiber;
 #[cfg(doctest)]
 #[doc = include_str!("../docs/from-python.md")]
 mod from_python {}
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod log;
 mod metrics;
 mod relay;

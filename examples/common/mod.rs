@@ -1,6 +1,8 @@
 //! What the examples have in common: where a server listens, how a connection's error is told. Each uses a part of it.
 #![allow(dead_code)]
 
+pub mod proxy_header;
+
 use std::error::Error;
 use std::io::{self, ErrorKind, Write};
 use std::net::SocketAddr;

@@ -77,7 +77,7 @@ impl Socket {
     ) -> Result<usize> {
         let address = address.to_address(self.0.family)?.encode()?;
         let flags = flags.bits();
-        match self.send_raw(bytes, flags, Some(&address)) {
+        let sent = match self.send_raw(bytes, flags, Some(&address)) {
             Err(error)
                 if error.errno() == Some(libc::EINPROGRESS)
                     && flags & libc::MSG_FASTOPEN != 0
@@ -87,7 +87,8 @@ impl Socket {
                 self.send_once_connected(bytes, flags & !libc::MSG_FASTOPEN, &address)
             }
             other => other,
-        }
+        };
+        self.traced("sendto", sent)
     }
 
     /// In blocking mode sendto(2) waits for a connection that MSG_FASTOPEN began; an attempt that must not wait leaves that to us.
@@ -205,7 +206,7 @@ impl Socket {
     pub fn recvfrom_with(&self, bufsize: usize, flags: MsgFlags) -> Result<(Buf, Option<Address>)> {
         let mut address = None;
         let bytes = receive_buf(bufsize, flags, |buffer| {
-            let (received, from) = self.recvfrom_raw(buffer, flags)?;
+            let (received, from) = self.traced("recvfrom", self.recvfrom_raw(buffer, flags))?;
             address = from;
             Ok(received)
         })?;
@@ -234,7 +235,8 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn recvfrom_into(&self, buffer: &mut [u8]) -> Result<(usize, Option<Address>)> {
-        self.recvfrom_raw(sys::as_uninit(buffer), MsgFlags::default())
+        let received = self.recvfrom_raw(sys::as_uninit(buffer), MsgFlags::default());
+        self.traced("recvfrom", received)
     }
 
     /// [`recvfrom_into`](Socket::recvfrom_into) of at most `nbytes` bytes (0: as many as fit), with flags.
@@ -266,7 +268,7 @@ impl Socket {
     ) -> Result<(usize, Option<Address>)> {
         let text = "nbytes is greater than the length of the buffer";
         let room = first(buffer, nbytes, text)?;
-        self.recvfrom_raw(sys::as_uninit(room), flags)
+        self.traced("recvfrom", self.recvfrom_raw(sys::as_uninit(room), flags))
     }
 
     fn recvfrom_raw(

@@ -437,7 +437,8 @@ impl Socket {
         let data = receive_buf(bufsize, flags, |buffer| {
             let mut piece = Piece::NONE;
             let room = Scatter::one(buffer, &mut piece);
-            let message = self.recvmsg_raw(room, bufsize, ancbufsize, flags)?;
+            let message = self.recvmsg_raw(room, bufsize, ancbufsize, flags);
+            let message = self.traced("recvmsg", message)?;
             Ok(rest.insert(message).nbytes)
         })?;
         let rest = rest.expect("a message was received");
@@ -503,7 +504,8 @@ impl Socket {
         flags: MsgFlags,
     ) -> Result<RecvMsgInto> {
         let size = buffers.iter().map(|buffer| buffer.len()).sum();
-        self.recvmsg_raw(Scatter::many(buffers), size, ancbufsize, flags)
+        let message = self.recvmsg_raw(Scatter::many(buffers), size, ancbufsize, flags);
+        self.traced("recvmsg", message)
     }
 
     fn recvmsg_raw(
@@ -637,7 +639,8 @@ impl Socket {
             None => None,
         };
         let control = control_data(options.ancdata)?;
-        self.sendmsg_raw(buffers, &control, options.flags.bits(), address.as_ref())
+        let sent = self.sendmsg_raw(buffers, &control, options.flags.bits(), address.as_ref());
+        self.traced("sendmsg", sent)
     }
 
     /// [`sendmsg`](Socket::sendmsg) to the kernel's cryptography, on a socket that was accepted from one bound to an algorithm
@@ -680,7 +683,8 @@ impl Socket {
         let kind = libc::ALG_SET_AEAD_ASSOCLEN;
         ancdata.extend(assoclen.as_ref().map(|length| item(kind, length)));
         let control = control_data(&ancdata)?;
-        self.sendmsg_raw(buffers, &control, options.flags.bits(), None)
+        let sent = self.sendmsg_raw(buffers, &control, options.flags.bits(), None);
+        self.traced("sendmsg", sent)
     }
 
     fn sendmsg_raw(
@@ -745,6 +749,28 @@ pub(super) struct Item<'a> {
     pub(super) level: i32,
     pub(super) kind: i32,
     pub(super) data: &'a [u8],
+}
+
+/// Control data of any bytes, for `fuzz/`: each piece lies within them and is decoded without a panic. No descriptor in it is made
+/// anybody's: the numbers are made up.
+#[cfg(fuzzing)]
+pub fn fuzzing_control_messages(bytes: &[u8]) {
+    let range = bytes.as_ptr_range();
+    for item in Items(bytes) {
+        assert!(item.data.is_empty() || range.contains(&item.data.as_ptr()));
+        assert!(item.data.as_ptr_range().end <= range.end);
+        if !matches!(item.kind, libc::SCM_RIGHTS | SCM_PIDFD) {
+            let _ = item.decode(|_| unreachable!("only these two have descriptors"));
+        }
+        // What was received can be sent again, and comes out the same.
+        let (level, kind, data) = (item.level, item.kind, item.data);
+        let words = control_data(&[AncillaryToSend::Raw { level, kind, data }]).expect("it fits");
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let again: Vec<_> = Items(&bytes)
+            .map(|i| (i.level, i.kind, i.data.to_vec()))
+            .collect();
+        assert_eq!(again, [(level, kind, data.to_vec())]);
+    }
 }
 
 /// Goes through control data. It believes no length: what does not fit ends it.

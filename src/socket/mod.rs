@@ -38,6 +38,7 @@ mod module;
 mod options;
 mod queue;
 mod sendfile;
+mod trace;
 mod udp;
 mod watched;
 
@@ -68,6 +69,8 @@ pub use create::{
 };
 pub use file::{MakeFile, SocketFile};
 pub use iterators::{Chunks, Incoming};
+#[cfg(fuzzing)]
+pub use message::fuzzing_control_messages;
 pub use message::{
     Afalg, Ancillary, AncillaryToSend, CMSG_LEN, CMSG_SPACE, Credentials, RecvMsg, RecvMsgInto,
     SendMsg, recv_fds, recv_fds_with, send_fds, send_fds_with,
@@ -400,6 +403,10 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn accept(&self) -> Result<(Socket, Address)> {
+        self.traced("accept", self.accept_by_mode())
+    }
+
+    fn accept_by_mode(&self) -> Result<(Socket, Address)> {
         let mut address = SockAddr::empty();
         if self.0.family == AF_ALG {
             // It never waits, and where an address is asked for the kernel refuses: these sockets have none.
@@ -462,7 +469,8 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn connect(&self, address: impl ToAddress) -> Result<()> {
-        self.connect_to(&address.to_address(self.0.family)?.encode()?)
+        let address = address.to_address(self.0.family)?.encode()?;
+        self.traced("connect", self.connect_to(&address))
     }
 
     /// [`connect`](Socket::connect) with the errno as the result: 0 once connected, `EAGAIN` (11) when the timeout passed,
@@ -491,7 +499,7 @@ impl Socket {
     /// ```
     pub fn connect_ex(&self, address: impl ToAddress) -> Result<i32> {
         let address = address.to_address(self.0.family)?.encode()?;
-        match self.connect_to(&address) {
+        match self.traced("connect", self.connect_to(&address)) {
             Ok(()) => Ok(0),
             Err(Error::Timeout) => Ok(libc::EAGAIN),
             Err(Error::Os { errno, .. }) => Ok(errno),
@@ -643,7 +651,7 @@ impl Socket {
             && self.timeout_ns() != NON_BLOCKING
             && bufsize <= fiber::lent_bytes()
         {
-            return self.recv_lease(bufsize);
+            return self.traced("recv", self.recv_lease(bufsize));
         }
         receive_buf(bufsize, flags, |buffer| self.recv_raw(buffer, flags))
     }
@@ -823,9 +831,9 @@ impl Socket {
             && flags == 0
             && let Some(code) = self.recv_if_watched(buffer)
         {
-            return transferred(code);
+            return self.traced("recv", transferred(code));
         }
-        self.receive(
+        let received = self.receive(
             Op::Recv {
                 fd: self.0.fd,
                 buffer,
@@ -833,7 +841,8 @@ impl Socket {
                 found_nothing: false,
             },
             flags,
-        )
+        );
+        self.traced("recv", received)
     }
 
     /// A receive's flags, without MSG_WAITALL where the ring goes on after a part though recv(2) would not: it puts packets of a
@@ -934,7 +943,7 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn send_with(&self, bytes: &[u8], flags: MsgFlags) -> Result<usize> {
-        self.send_raw(bytes, flags.bits(), None)
+        self.traced("send", self.send_raw(bytes, flags.bits(), None))
     }
 
     /// `send`, or with an address `sendto`.
@@ -1019,11 +1028,12 @@ impl Socket {
             flags,
         };
         // In any mode, what can be sent at once needs no waiting.
-        match fiber::attempt_directly(&mut op, self.sends_plainly()) {
+        let result = match fiber::attempt_directly(&mut op, self.sends_plainly()) {
             Some(sent) if sent as usize == bytes.len() => Ok(()),
             Some(code) if code < 0 => Err(error_from_outcome(code)),
             sent => self.sendall_rest(&bytes[sent.unwrap_or(0) as usize..], flags),
-        }
+        };
+        self.traced_whole("sendall", bytes.len(), result)
     }
 
     #[inline(never)]
@@ -1149,7 +1159,8 @@ impl Socket {
         if how != libc::SHUT_RD {
             self.send_behind_queue(0)?;
         }
-        sys::check(sys::shutdown(self.0.fd, how)).map(drop)
+        let result = sys::check(sys::shutdown(self.0.fd, how)).map(drop);
+        self.traced("shutdown", result)
     }
 
     /// Closes the socket for all its handles. Calls that wait on it, in any fiber or thread, fail with `EBADF`; calls on it
@@ -1195,7 +1206,7 @@ impl Socket {
         if self.0.files.close_socket() {
             self.close_object();
         }
-        Ok(())
+        self.traced("close", Ok(()))
     }
 
     // Modes.
