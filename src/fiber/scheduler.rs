@@ -28,7 +28,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::park::Waker;
+use super::pin::Pins;
 use super::remote::{Control, Mailbox, Remote};
+use super::route::ZeroCopy;
 use super::spin::Spin;
 use super::stack::{STACK_BYTES_MIN, StackPool};
 use super::{AbortOnUnwind, DriverCell, FiberRef, State, interrupt};
@@ -66,6 +68,7 @@ pub(crate) struct Limits {
     pub(crate) spin: Duration,
     /// Receive buffers, and bytes of each.
     pub(crate) buffers: (usize, usize),
+    pub(crate) zero_copy: ZeroCopy,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -131,6 +134,7 @@ pub(crate) struct Worker {
     cancels: RefCell<Vec<Key>>,
     stacks: RefCell<StackPool>,
     pub(super) buffers: Pool,
+    pub(super) pins: Pins,
     remote: Arc<Remote>,
     mailbox: Mailbox,
     counts: Arc<Counts>,
@@ -168,6 +172,7 @@ impl Worker {
             cancels: RefCell::new(Vec::new()),
             stacks: RefCell::new(StackPool::new(limits.stack_bytes)),
             buffers: Pool::new(limits.buffers.0, limits.buffers.1),
+            pins: Pins::new(limits.zero_copy),
             remote,
             mailbox,
             counts,
@@ -527,6 +532,7 @@ impl Worker {
             });
         }
         self.reap();
+        self.release_pins();
         let served = self.switches.get() - served_before;
         self.crowded.set(served > CROWD);
         self.turns.set(self.turns.get() + 1);
@@ -625,6 +631,7 @@ impl Worker {
             in_flight,
             unknown,
         );
+        self.counts.publish_pins(&self.pins.counts());
     }
 
     fn waiters(&self) -> Vec<Waiter> {
@@ -650,6 +657,7 @@ impl Worker {
                 }
             }
         }
+        self.drain_pins(self.grace_ns());
         self.driver.with(|driver| driver.close_bell());
         self.counts.lost(lost);
         self.publish();

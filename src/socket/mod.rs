@@ -38,6 +38,7 @@ mod module;
 mod options;
 mod queue;
 mod sendfile;
+mod zero_copy;
 
 use std::fmt;
 use std::io;
@@ -164,6 +165,8 @@ struct Inner {
     files: file::Files,
     /// What `sendall_later` queued, once it has.
     queue: OnceLock<Box<queue::SendQueue>>,
+    /// What its sends without a copy have in common, once there was one to think of.
+    zero_copy: OnceLock<Box<zero_copy::Peer>>,
     inflight: InFlight,
 }
 
@@ -318,6 +321,7 @@ impl Socket {
             receives: AtomicBool::new(false),
             files: file::Files::new(),
             queue: OnceLock::new(),
+            zero_copy: OnceLock::new(),
             inflight: InFlight::new(),
         })))
     }
@@ -1548,6 +1552,7 @@ impl Socket {
             receives: AtomicBool::new(false),
             files: file::Files::new(),
             queue: OnceLock::new(),
+            zero_copy: OnceLock::new(),
             inflight: InFlight::new(),
         }))
     }
