@@ -33,12 +33,14 @@ pub use address::{
     Address, AlgAddr, CanAddr, NetlinkAddr, PacketAddr, TipcAddr, ToAddress, UnixAddr, VsockAddr,
 };
 pub use buf::Buf;
+pub use buf::pool::{BufferPool, BufferPoolBuilder, PoolBuf};
 pub use constants::*;
 pub use driver::features::{Feature, Features};
 pub use error::{Error, Result, Text};
 pub use fiber::blocking::{BlockingHandle, set_blocking_threads, spawn_blocking};
 pub use fiber::join::{Builder, JoinError, JoinHandle, spawn};
 pub use fiber::ready::{wait_readable, wait_writable};
+pub use fiber::route::ZeroCopy;
 pub use fiber::sync::channel::{
     IntoIter, Iter, Receiver, RecvError, SendError, Sender, TryRecvError, TrySendError, channel,
 };

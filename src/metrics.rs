@@ -6,11 +6,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::driver::Counters;
+use crate::fiber::pin::PinCounts;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// A snapshot of one worker's counters, from [`Handle::metrics`](crate::Handle::metrics). All but `in_flight`,
-        /// `fibers_live`, `fibers_lost` and `watches` only grow.
+        /// `fibers_live`, `fibers_lost`, `watches` and `buffers_pinned` only grow.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct Metrics {
@@ -66,6 +67,14 @@ counters! {
     in_flight,
     /// Sockets with a standing poll.
     watches,
+    /// Sends without a copy that were tried.
+    zero_copy_sends,
+    /// Of these, reported as copied by the kernel all the same.
+    zero_copy_copied,
+    /// Buffers of such sends that are still the kernel's.
+    buffers_pinned,
+    /// Buffers of such sends that were still the kernel's when the worker ended, and stay until the process does.
+    buffers_leaked,
 }
 
 impl Counts {
@@ -93,6 +102,14 @@ impl Counts {
         put(&self.fibers_live, live as u64);
         put(&self.in_flight, in_flight);
         put(&self.watches, watches);
+    }
+
+    pub(crate) fn publish_pins(&self, counts: &PinCounts) {
+        let put = |place: &AtomicU64, value: u64| place.store(value, Ordering::Relaxed);
+        put(&self.zero_copy_sends, counts.sends);
+        put(&self.zero_copy_copied, counts.copied);
+        put(&self.buffers_pinned, counts.pinned);
+        put(&self.buffers_leaked, counts.leaked);
     }
 
     pub(crate) fn lost(&self, fibers: usize) {

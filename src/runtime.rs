@@ -30,6 +30,7 @@ use crate::error::{Error, Result};
 use crate::fiber::join::{JoinError, JoinHandle, spawn_remote};
 use crate::fiber::overflow::SignalStack;
 use crate::fiber::remote::{Control, Remote};
+use crate::fiber::route::ZeroCopy;
 use crate::fiber::scheduler::{Limits, Worker};
 use crate::fiber::{self, sleep, yield_now};
 use crate::log::log;
@@ -192,6 +193,7 @@ impl Default for RuntimeBuilder {
                 grace: Duration::from_secs(1),
                 spin: Duration::ZERO,
                 buffers: (64, 64 * 1024),
+                zero_copy: ZeroCopy::Adaptive,
             },
         }
     }
@@ -323,6 +325,34 @@ impl RuntimeBuilder {
     /// ```
     pub fn buffers(mut self, count: usize, bytes: usize) -> RuntimeBuilder {
         self.limits.buffers = (count, bytes);
+        self
+    }
+
+    /// When [`Socket::sendall_buf`] sends large buffers without a copy: where it pays, if not said.
+    ///
+    /// Only leases and pool buffers, of which it is known when they are used again, of at least 16 KiB, on connected IPv4 and IPv6 sockets,
+    /// in fibers. On a route where the kernel reports that it copied all the same the least size doubles, and above 512 KiB such sends
+    /// end (one in 4,096 looks whether that has changed); where it reports no copies, the size comes down again.
+    /// Addresses of this machine, among which everything is copied, are never tried. It needs Linux 6.3.
+    ///
+    /// The kernel keeps such a buffer until the network is done with it: a peer that does not read keeps it as well. So a connection has at
+    /// most 8 and 1 MiB of them under way, a worker 64 and 8 MiB, and a pool half of its buffers of a size; what would be more is copied. At
+    /// shutdown a worker waits for its buffers as long as for its fibers ([`shutdown_grace`](RuntimeBuilder::shutdown_grace)); those that
+    /// do not come back are leaked and counted ([`buffers_leaked`](crate::Metrics::buffers_leaked)).
+    ///
+    /// # Source
+    ///
+    /// `io_uring_enter(2)` (`IORING_OP_SEND_ZC`, `IORING_SEND_ZC_REPORT_USAGE`).
+    ///
+    /// ```
+    /// use ringsock::{Runtime, ZeroCopy};
+    ///
+    /// let answer = Runtime::builder().zero_copy(ZeroCopy::Never).run(|| 42)?;
+    /// assert_eq!(answer, 42);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn zero_copy(mut self, when: ZeroCopy) -> RuntimeBuilder {
+        self.limits.zero_copy = when;
         self
     }
 

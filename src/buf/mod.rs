@@ -1,11 +1,14 @@
 //! Received bytes.
 
 pub(crate) mod lease;
+pub(crate) mod pool;
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 
 use lease::Lease;
+use pool::{Class, PoolBuf};
 
 /// The bytes one `recv` brought. It reads and writes like a `[u8]`, may be sent to another thread, and converts into a `Vec<u8>`.
 ///
@@ -27,6 +30,8 @@ use lease::Lease;
 /// # Ok::<(), ringsock::Error>(())
 /// ```
 ///
+/// A buffer of a [`BufferPool`](crate::BufferPool) becomes one too, to be given to [`sendall_buf`](crate::Socket::sendall_buf).
+///
 /// With the feature `bytes` it converts into a `bytes::Bytes` without a copy.
 #[derive(Default)]
 pub struct Buf(Memory);
@@ -38,6 +43,7 @@ enum Memory {
         start: usize,
     },
     Lease(Lease),
+    Pool(PoolBuf),
 }
 
 impl Default for Memory {
@@ -79,6 +85,7 @@ impl Buf {
         match &mut self.0 {
             Memory::Heap { bytes, start } => bytes.truncate(start.saturating_add(len)),
             Memory::Lease(lease) => lease.truncate(len),
+            Memory::Pool(part) => part.truncate(len),
         }
     }
 
@@ -105,11 +112,12 @@ impl Buf {
                 *start += count;
             }
             Memory::Lease(lease) => lease.advance(count),
+            Memory::Pool(part) => part.advance(count),
         }
     }
 
-    /// Divides it in two: the first `at` bytes are returned, the rest stays. Both parts of a lease share its buffer, which goes
-    /// back with the last of them; of heap memory the first part is a copy.
+    /// Divides it in two: the first `at` bytes are returned, the rest stays. Both parts of a lease (or of a
+    /// pool's buffer) share its buffer, which goes back with the last of them; of heap memory the first part is a copy.
     ///
     /// # Panics
     ///
@@ -128,6 +136,7 @@ impl Buf {
     pub fn split_to(&mut self, at: usize) -> Buf {
         match &mut self.0 {
             Memory::Lease(lease) => Buf(Memory::Lease(lease.split_to(at))),
+            Memory::Pool(part) => Buf(Memory::Pool(part.split_to(at))),
             Memory::Heap { .. } => {
                 let head = Buf::from(&self[..at]);
                 self.advance(at);
@@ -151,6 +160,29 @@ impl Buf {
     pub fn is_lease(&self) -> bool {
         matches!(self.0, Memory::Lease(_))
     }
+
+    /// A part without bytes, which keeps the buffer from going home; `None` for heap memory, which is nobody's to keep.
+    pub(crate) fn hold(&mut self) -> Option<Buf> {
+        match &self.0 {
+            Memory::Heap { .. } => None,
+            Memory::Lease(_) | Memory::Pool(_) => Some(self.split_to(0)),
+        }
+    }
+
+    /// What it is a part of, if that is a [`BufferPool`](crate::BufferPool)'s.
+    pub(crate) fn class(&self) -> Option<&Arc<Class>> {
+        match &self.0 {
+            Memory::Pool(part) => Some(part.class()),
+            Memory::Heap { .. } | Memory::Lease(_) => None,
+        }
+    }
+}
+
+/// Without a copy: the buffer goes back to its pool with the last part of the `Buf`.
+impl From<PoolBuf> for Buf {
+    fn from(buf: PoolBuf) -> Buf {
+        Buf(Memory::Pool(buf))
+    }
 }
 
 /// A copy on the heap.
@@ -168,6 +200,7 @@ impl Deref for Buf {
         match &self.0 {
             Memory::Heap { bytes, start } => &bytes[*start..],
             Memory::Lease(lease) => lease,
+            Memory::Pool(part) => part,
         }
     }
 }
@@ -179,6 +212,7 @@ impl DerefMut for Buf {
         match &mut self.0 {
             Memory::Heap { bytes, start } => &mut bytes[*start..],
             Memory::Lease(lease) => lease,
+            Memory::Pool(part) => part,
         }
     }
 }
@@ -195,7 +229,7 @@ impl AsMut<[u8]> for Buf {
     }
 }
 
-/// Without a copy, unless it is a lease.
+/// Without a copy, unless it is a lease or a pool's buffer.
 impl From<Buf> for Vec<u8> {
     fn from(buf: Buf) -> Vec<u8> {
         match buf.0 {
@@ -204,6 +238,7 @@ impl From<Buf> for Vec<u8> {
                 bytes
             }
             Memory::Lease(lease) => lease.to_vec(),
+            Memory::Pool(part) => part.to_vec(),
         }
     }
 }
@@ -234,7 +269,7 @@ impl From<Buf> for bytes::Bytes {
     fn from(buf: Buf) -> bytes::Bytes {
         match buf.0 {
             Memory::Heap { .. } => Vec::from(buf).into(),
-            Memory::Lease(_) => bytes::Bytes::from_owner(buf),
+            Memory::Lease(_) | Memory::Pool(_) => bytes::Bytes::from_owner(buf),
         }
     }
 }
@@ -257,21 +292,32 @@ mod tests {
     use super::*;
     use lease::Pool;
 
-    fn buf(bytes: &[u8], lent: bool) -> Buf {
-        if !lent {
-            return Buf::from(bytes);
-        }
-        let mut lease = Pool::new(1, 64).take().unwrap();
-        lease[..bytes.len()].copy_from_slice(bytes);
-        lease.truncate(bytes.len());
-        Buf::from_lease(lease)
+    #[derive(Clone, Copy, PartialEq, Debug)]
+    enum Kind {
+        Heap,
+        Lease,
+        Pool,
+    }
+
+    fn buf(bytes: &[u8], kind: Kind) -> Buf {
+        let mut buf = match kind {
+            Kind::Heap => return Buf::from(bytes),
+            Kind::Lease => Buf::from_lease(Pool::new(1, 64).take().unwrap()),
+            Kind::Pool => {
+                let pool = pool::BufferPool::builder().buffers(1, 64).build().unwrap();
+                pool.take(64).unwrap().into()
+            }
+        };
+        buf[..bytes.len()].copy_from_slice(bytes);
+        buf.truncate(bytes.len());
+        buf
     }
 
     #[test]
-    fn leases_and_heap_memory_behave_alike() {
-        for lent in [false, true] {
-            let mut rest = buf(b"one two three", lent);
-            assert_eq!(rest.is_lease(), lent);
+    fn leases_pool_buffers_and_heap_memory_behave_alike() {
+        for kind in [Kind::Heap, Kind::Lease, Kind::Pool] {
+            let mut rest = buf(b"one two three", kind);
+            assert_eq!(rest.is_lease(), kind == Kind::Lease);
             let mut one = rest.split_to(3);
             rest.advance(1);
             let two = rest.split_to(3);
@@ -296,19 +342,19 @@ mod tests {
     #[test]
     #[should_panic(expected = "past the end")]
     fn a_lease_does_not_advance_beyond_its_end() {
-        buf(b"abc", true).advance(4);
+        buf(b"abc", Kind::Lease).advance(4);
     }
 
     #[test]
     #[should_panic(expected = "past the end")]
     fn heap_memory_does_not_advance_beyond_its_end() {
-        buf(b"abc", false).advance(4);
+        buf(b"abc", Kind::Heap).advance(4);
     }
 
     #[cfg(feature = "bytes")]
     #[test]
     fn bytes_share_the_lease() {
-        let lease = buf(b"hello", true);
+        let lease = buf(b"hello", Kind::Lease);
         let at = lease.as_ptr();
         let bytes = bytes::Bytes::from(lease);
         assert_eq!((bytes.as_ptr(), &bytes[..]), (at, &b"hello"[..]));

@@ -292,6 +292,43 @@ impl Driver {
         }
     }
 
+    /// Whether [`Op::SendZeroCopy`] can be submitted.
+    pub(crate) fn has_zero_copy(&self) -> bool {
+        match &self.backend {
+            Backend::Uring(uring) => uring.has_zero_copy(),
+            #[cfg(test)]
+            Backend::Scripted(_) => false,
+        }
+    }
+
+    /// Registers memory with the ring: the index that operations name it by, or an errno.
+    ///
+    /// # Safety
+    ///
+    /// An operation that names the index names memory of this region, which is still mapped.
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn register_buffer(
+        &mut self,
+        start: *mut u8,
+        bytes: usize,
+    ) -> std::result::Result<u16, i32> {
+        match &mut self.backend {
+            // SAFETY: the caller's promise.
+            Backend::Uring(uring) => unsafe { uring.register_buffer(start, bytes) },
+            #[cfg(test)]
+            Backend::Scripted(_) => Err(libc::EOPNOTSUPP),
+        }
+    }
+
+    /// Gives an index of [`register_buffer`](Driver::register_buffer) back.
+    pub(crate) fn unregister_buffer(&mut self, index: u16) {
+        match &mut self.backend {
+            Backend::Uring(uring) => uring.unregister_buffer(index),
+            #[cfg(test)]
+            Backend::Scripted(_) => {}
+        }
+    }
+
     pub(crate) fn counters(&self) -> Counters {
         self.counters
     }

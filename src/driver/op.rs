@@ -44,6 +44,14 @@ pub(crate) enum Op<'a> {
         buffer: &'a [u8],
         flags: i32,
     },
+    /// send(2) that lets the network read the memory itself (`IORING_OP_SEND_ZC`). The memory is the kernel's beyond the result, until
+    /// a notification: see `driver/slab.rs`. `fixed` is the registered buffer that it is a part of.
+    SendZeroCopy {
+        fd: RawFd,
+        buffer: &'a [u8],
+        flags: i32,
+        fixed: Option<u16>,
+    },
     /// sendto(2). The result is the number of bytes the kernel took. (Not a field of `Send`, which is to stay small.)
     SendTo {
         fd: RawFd,
@@ -119,7 +127,10 @@ impl Op<'_> {
             Op::Recv {
                 fd, buffer, flags, ..
             } => sys::recv(*fd, buffer, *flags | libc::MSG_DONTWAIT),
-            Op::Send { fd, buffer, flags } => sys::send(
+            Op::Send { fd, buffer, flags }
+            | Op::SendZeroCopy {
+                fd, buffer, flags, ..
+            } => sys::send(
                 *fd,
                 buffer,
                 (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
@@ -171,6 +182,7 @@ impl Op<'_> {
                 Some((*fd, libc::POLLIN))
             }
             Op::Send { fd, .. }
+            | Op::SendZeroCopy { fd, .. }
             | Op::SendTo { fd, .. }
             | Op::SendMsg { fd, .. }
             | Op::Connect { fd, .. } => Some((*fd, libc::POLLOUT)),

@@ -69,6 +69,17 @@ struct CqOffsets {
 const _: () = assert!(size_of::<Params>() == size_of::<Parameters>());
 const _: () = assert!(size_of::<squeue::Entry>() == 64);
 
+fn params(ring: &IoUring) -> &Params {
+    // SAFETY: the crate documents Parameters as a transparent wrapper of the kernel's struct, whose layout Params repeats.
+    unsafe { &*(ring.params() as *const Parameters).cast::<Params>() }
+}
+
+/// `IORING_FEAT_REG_REG_RING` (Linux 6.3), about which the crate keeps the answer to itself.
+pub(super) fn has_reg_reg_ring(ring: &IoUring) -> bool {
+    const FEAT_REG_REG_RING: u32 = 1 << 13;
+    params(ring).features & FEAT_REG_REG_RING != 0
+}
+
 /// `struct io_uring_cqe`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -149,8 +160,7 @@ pub(crate) struct Queues {
 impl Queues {
     /// The queues of a new ring.
     pub(crate) fn new(ring: &IoUring) -> Result<Queues> {
-        // SAFETY: the crate documents Parameters as a transparent wrapper of the kernel's struct, whose layout Params repeats.
-        let params = unsafe { &*(ring.params() as *const Parameters).cast::<Params>() };
+        let params = params(ring);
         let sq_end = params.sq_off.array as usize + params.sq_entries as usize * size_of::<u32>();
         let cq_end = params.cq_off.cqes as usize + params.cq_entries as usize * size_of::<Cqe>();
         // Both rings lie in one mapping since Linux 5.4.

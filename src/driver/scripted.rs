@@ -450,7 +450,9 @@ fn action(op: &mut Op<'_>) -> Action {
         Op::Poll { fd, events } if *events == libc::POLLIN => Action::PollIn { fd: *fd },
         Op::Connect { .. } | Op::Poll { .. } => Action::Ready,
         // The script's peers are streams.
-        Op::SendTo { .. } | Op::SendMsg { .. } | Op::RecvMsg { .. } => Action::Ready,
+        Op::SendZeroCopy { .. } | Op::SendTo { .. } | Op::SendMsg { .. } | Op::RecvMsg { .. } => {
+            Action::Ready
+        }
     }
 }
 

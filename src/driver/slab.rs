@@ -13,6 +13,23 @@
 //!   free ◀── unregister (idle only)
 //! ```
 //!
+//! # A result first, the memory later
+//!
+//! The waiter of a zero-copy send gets the result, and goes on, while the kernel still reads the memory. Such an operation is
+//! *detached*; its memory is kept by the layer above, under its key, until [`take_released`](Slots::take_released) names that. Whether a
+//! notification will come is said by the result's F_MORE and by nothing else: after errors and cancels it mostly does, too.
+//!
+//! ```text
+//!              detach           result, F_MORE set                    notification
+//!   waiting ──────────▶ Awaited ──────────────────▶ Draining ─────────────────────────▶ released
+//!                        │   │                      (slot idle, its waiter runs)
+//!                        │   │ result, F_MORE clear (the ordinary way): attach ──▶ forgotten, nothing will come
+//!                        │   ▼
+//!                        │  idle
+//!                        │ notification before the result: kept as Notified; the result then goes without F_MORE
+//!                        └──▶ Notified
+//! ```
+//!
 //! It stores an opaque waiter and knows neither fibers nor rings.
 
 use std::num::NonZeroUsize;
@@ -26,6 +43,16 @@ pub(crate) const CQE_F_MORE: u32 = 1 << 1;
 
 /// `IORING_CQE_F_NOTIF`: the last CQE of a zero-copy send, which says only that the memory is free again.
 const CQE_F_NOTIF: u32 = 1 << 3;
+
+/// What became of the memory of a detached operation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Detached {
+    Awaited,
+    /// The notification came first.
+    Notified,
+    /// The result was delivered, the notification will come.
+    Draining,
+}
 
 /// Slot indices from here up are not slots: they tag CQEs nobody waits for.
 pub(crate) const TAG_FIRST: u32 = u32::MAX - 15;
@@ -88,6 +115,10 @@ pub(crate) struct Slots {
     unknown: u64,
     /// Operations that announced more CQEs, with the result of their first one. Mostly empty.
     draining: Vec<(Key, i32)>,
+    /// Operations whose memory the kernel may keep beyond their result. Mostly empty.
+    detached: Vec<(Key, Detached)>,
+    /// Of these, those whose memory is free again, with their notification's `res`.
+    released: Vec<(Key, i32)>,
 }
 
 impl Slots {
@@ -98,7 +129,26 @@ impl Slots {
             waiting: 0,
             unknown: 0,
             draining: Vec::new(),
+            detached: Vec::new(),
+            released: Vec::new(),
         }
+    }
+
+    /// Says that the operation, which is under way, is a zero-copy send: its result is delivered while its memory is still the kernel's.
+    pub(crate) fn detach(&mut self, key: Key) {
+        debug_assert!(self.is_waiting(key));
+        self.detached.push((key, Detached::Awaited));
+    }
+
+    /// Forgets a [`detach`](Slots::detach) whose result came without F_MORE.
+    pub(crate) fn attach(&mut self, key: Key) {
+        self.detached.retain(|(other, _)| *other != key);
+    }
+
+    /// An operation whose memory is free again, and its notification's `res`.
+    #[inline]
+    pub(crate) fn take_released(&mut self) -> Option<(Key, i32)> {
+        self.released.pop()
     }
 
     /// Gives `waiter` a slot for as long as it lives.
@@ -179,6 +229,9 @@ impl Slots {
     #[cold]
     #[inline(never)]
     fn complete_rest(&mut self, key: Key, completion: Completion) -> Option<(Waiter, Completion)> {
+        if let Some(place) = self.detached.iter().position(|(other, _)| *other == key) {
+            return self.complete_detached(place, completion);
+        }
         if !self.is_waiting(key) {
             self.unknown += u64::from((key.0 as u32) < TAG_FIRST);
             return None;
@@ -201,6 +254,42 @@ impl Slots {
                 flags: completion.flags,
             },
         ))
+    }
+
+    /// A CQE of a detached operation, other than a result that is its only one.
+    fn complete_detached(
+        &mut self,
+        place: usize,
+        mut completion: Completion,
+    ) -> Option<(Waiter, Completion)> {
+        let (key, state) = self.detached[place];
+        let is_notification = completion.flags & CQE_F_NOTIF != 0;
+        match (state, is_notification) {
+            (Detached::Draining, true) => {
+                self.detached.swap_remove(place);
+                self.released.push((key, completion.res));
+                None
+            }
+            (Detached::Awaited, true) => {
+                self.detached[place].1 = Detached::Notified;
+                None
+            }
+            (Detached::Awaited | Detached::Notified, false) => {
+                if state == Detached::Notified {
+                    completion.flags &= !CQE_F_MORE;
+                } else {
+                    self.detached[place].1 = Detached::Draining;
+                }
+                let slot = &mut self.slab[key.index()];
+                slot.key = Key::NONE;
+                self.waiting -= 1;
+                Some((slot.waiter, completion))
+            }
+            (Detached::Notified, true) | (Detached::Draining, false) => {
+                self.unknown += 1;
+                None
+            }
+        }
     }
 
     /// Every registered waiter.
@@ -393,5 +482,101 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// A zero-copy send: `(res, flags)` of its CQEs in order, what its waiter gets at which of them, and whether its memory is released.
+    fn zero_copy(cqes: &[(i32, u32)]) -> (Option<(usize, Completion)>, Option<i32>, u64) {
+        let mut slots = Slots::new();
+        let slot = slots.register(waiter(7));
+        let key = slots.begin(slot);
+        slots.detach(key);
+        let mut delivered = None;
+        for (n, &(res, flags)) in cqes.iter().enumerate() {
+            if let Some((_, completion)) = slots.complete(key.0, Completion { res, flags }) {
+                assert_eq!(delivered, None, "once");
+                delivered = Some((n, completion));
+                if completion.flags & CQE_F_MORE == 0 {
+                    slots.attach(key);
+                }
+            }
+        }
+        let released = slots.take_released();
+        assert!(released.is_none_or(|(other, _)| other == key));
+        assert_eq!(slots.take_released(), None, "once");
+        assert!(slots.detached.is_empty() || released.is_none());
+        (delivered, released.map(|(_, res)| res), slots.unknown())
+    }
+
+    #[test]
+    fn the_waiter_of_a_zero_copy_send_goes_on_before_its_memory_is_released() {
+        let flags = |res, flags| Some((0, Completion { res, flags }));
+        let (more, notif) = (CQE_F_MORE, CQE_F_NOTIF);
+        // The ordinary way, then an error and a cancel that are notified.
+        assert_eq!(
+            zero_copy(&[(5, more), (0, notif)]),
+            (flags(5, more), Some(0), 0)
+        );
+        assert_eq!(
+            zero_copy(&[(5, more), (i32::MIN, notif)]),
+            (flags(5, more), Some(i32::MIN), 0)
+        );
+        assert_eq!(
+            zero_copy(&[(-libc::ECANCELED, more), (0, notif)]),
+            (flags(-libc::ECANCELED, more), Some(0), 0)
+        );
+        // The notification is still to come.
+        assert_eq!(zero_copy(&[(5, more)]), (flags(5, more), None, 0));
+        // None will come.
+        assert_eq!(
+            zero_copy(&[(-libc::EPIPE, 0)]),
+            (flags(-libc::EPIPE, 0), None, 0)
+        );
+    }
+
+    #[test]
+    fn zero_copy_cqes_out_of_order_or_twice_release_no_memory_twice() {
+        let (more, notif) = (CQE_F_MORE, CQE_F_NOTIF);
+        // First the notification, then the result: as if none were to come.
+        assert_eq!(
+            zero_copy(&[(0, notif), (5, more)]),
+            (Some((1, Completion { res: 5, flags: 0 })), None, 0)
+        );
+        assert_eq!(zero_copy(&[(0, notif), (5, more), (0, notif)]).2, 1);
+        assert_eq!(zero_copy(&[(0, notif), (0, notif), (5, more)]).2, 1);
+        assert_eq!(
+            zero_copy(&[(5, more), (5, more), (0, notif), (0, notif)]),
+            (
+                Some((
+                    0,
+                    Completion {
+                        res: 5,
+                        flags: more
+                    }
+                )),
+                Some(0),
+                2
+            )
+        );
+    }
+
+    #[test]
+    fn a_notification_is_not_the_slots_next_operations() {
+        let mut slots = Slots::new();
+        let slot = slots.register(waiter(7));
+        let send = slots.begin(slot);
+        slots.detach(send);
+        let sent = Completion {
+            res: 5,
+            flags: CQE_F_MORE,
+        };
+        assert!(slots.complete(send.0, sent).is_some());
+        let next = slots.begin(slot);
+        let notification = Completion {
+            res: 0,
+            flags: CQE_F_NOTIF,
+        };
+        assert_eq!(slots.complete(send.0, notification), None);
+        assert!(slots.is_waiting(next));
+        assert_eq!(slots.take_released(), Some((send, 0)));
     }
 }

@@ -23,7 +23,7 @@ use io_uring::{IoUring, Probe, opcode, squeue, types};
 
 use super::features::{self, Features};
 use super::op::{OPS, Op, TRANSFER_BYTES_MAX, Timespec};
-use super::queues::Queues;
+use super::queues::{self, Queues};
 use super::slab::{Completion, Key, TAG_EVENTFD, TAG_TIMER, TAG_WAKE};
 use super::watch::WatchId;
 use super::{Config, Counters};
@@ -34,6 +34,10 @@ use crate::sys;
 const REGISTER_RING_FDS: libc::c_uint = 20;
 /// `IORING_RECVSEND_POLL_FIRST`, which the crate keeps to itself.
 const RECVSEND_POLL_FIRST: u16 = 1 << 0;
+/// `IORING_SEND_ZC_REPORT_USAGE` (Linux 6.2), which the crate does not have: the notification says whether the kernel copied after all.
+const SEND_ZC_REPORT_USAGE: u16 = 1 << 3;
+/// Entries of the table of registered buffers.
+const BUFFERS_MAX: usize = 32;
 const ENTER_GETEVENTS: u32 = 1 << 0;
 const ENTER_REGISTERED_RING: u32 = 1 << 4;
 const ENTER_NO_IOWAIT: u32 = 1 << 7;
@@ -54,6 +58,10 @@ pub(crate) struct Uring {
     fork_epoch: u32,
     features: Features,
     nap: Duration,
+    /// The kernel has zero-copy sends that report.
+    has_zero_copy: bool,
+    /// Which entries of the table of registered buffers are taken; empty before there is a table.
+    buffers: Vec<bool>,
 }
 
 /// The submission queue is full and the kernel takes nothing right now.
@@ -176,7 +184,7 @@ impl Uring {
                 "raise RLIMIT_MEMLOCK (ulimit -l)",
             );
         }
-        probe(&ring, &mut features)?;
+        let has_zero_copy = probe(&ring, &mut features)?;
 
         let mut enter_flags = 0;
         if ring.params().is_feature_no_iowait() {
@@ -212,7 +220,63 @@ impl Uring {
             fork_epoch: sys::fork_epoch(),
             features,
             nap: Duration::ZERO,
+            has_zero_copy,
+            buffers: Vec::new(),
         })
+    }
+
+    /// Whether zero-copy sends can be had.
+    pub(crate) fn has_zero_copy(&self) -> bool {
+        self.has_zero_copy
+    }
+
+    /// Registers `bytes` bytes from `start` on, at most 1 GiB: the index that names them, or an errno. The kernel then holds the pages
+    /// until the index is given back or the ring has gone, also if they are unmapped before.
+    ///
+    /// # Safety
+    ///
+    /// An operation that names the index names memory of this region, which is still mapped.
+    pub(crate) unsafe fn register_buffer(
+        &mut self,
+        start: *mut u8,
+        bytes: usize,
+    ) -> std::result::Result<u16, i32> {
+        let errno = |error: io::Error| error.raw_os_error().unwrap_or(libc::EINVAL);
+        if self.buffers.is_empty() {
+            let submitter = self.ring.submitter();
+            let made = submitter.register_buffers_sparse(BUFFERS_MAX as u32);
+            made.map_err(errno)?;
+            self.buffers = vec![false; BUFFERS_MAX];
+        }
+        let index = self.buffers.iter().position(|taken| !taken);
+        let index = index.ok_or(libc::ENOSPC)?;
+        // SAFETY: the caller's promise; the kernel takes its own hold of the pages.
+        unsafe { self.update_buffer(index, start, bytes) }.map_err(errno)?;
+        self.buffers[index] = true;
+        Ok(index as u16)
+    }
+
+    /// Gives an index back. Operations under way that name it keep their hold of the pages.
+    pub(crate) fn unregister_buffer(&mut self, index: u16) {
+        // SAFETY: no memory is named.
+        let emptied = unsafe { self.update_buffer(index.into(), std::ptr::null_mut(), 0) };
+        // Where that fails the index stays taken.
+        self.buffers[usize::from(index)] = emptied.is_err();
+    }
+
+    /// # Safety
+    ///
+    /// As for [`register_buffer`](Uring::register_buffer).
+    unsafe fn update_buffer(&self, index: usize, start: *mut u8, bytes: usize) -> io::Result<()> {
+        let region = libc::iovec {
+            iov_base: start.cast(),
+            iov_len: bytes,
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            let submitter = self.ring.submitter();
+            submitter.register_buffers_update(index as u32, &[region], None)
+        }
     }
 
     pub(crate) fn features(&self) -> &Features {
@@ -283,6 +347,20 @@ impl Uring {
                 buffer.len().min(TRANSFER_BYTES_MAX) as u32,
             )
             .flags(*flags | libc::MSG_NOSIGNAL)
+            .build(),
+            Op::SendZeroCopy {
+                fd,
+                buffer,
+                flags,
+                fixed,
+            } => opcode::SendZc::new(
+                types::Fd(*fd),
+                buffer.as_ptr(),
+                buffer.len().min(TRANSFER_BYTES_MAX) as u32,
+            )
+            .flags(*flags | libc::MSG_NOSIGNAL)
+            .buf_index(*fixed)
+            .zc_flags(SEND_ZC_REPORT_USAGE)
             .build(),
             Op::SendTo {
                 fd,
@@ -578,8 +656,8 @@ fn register_ring_fd(fd: RawFd) -> std::result::Result<i32, i32> {
     }
 }
 
-/// Asks for every operation this crate submits.
-fn probe(ring: &IoUring, features: &mut Features) -> Result<()> {
+/// Asks for every operation this crate submits: whether there are zero-copy sends, which it can do without.
+fn probe(ring: &IoUring, features: &mut Features) -> Result<bool> {
     let mut probe = Probe::new();
     ring.submitter()
         .register_probe(&mut probe)
@@ -609,7 +687,32 @@ fn probe(ring: &IoUring, features: &mut Features) -> Result<()> {
     {
         return Err(features::too_old("NODROP, FAST_POLL or CQE_SKIP"));
     }
-    Ok(())
+    const ZERO_COPY: &str = "SEND_ZC";
+    // No kernel answers whether it has the report (6.2). One that has this feature (6.3) has it.
+    let has_zero_copy = probe.is_supported(opcode::SendZc::CODE) && queues::has_reg_reg_ring(ring);
+    if has_zero_copy {
+        features.on(
+            ZERO_COPY,
+            "large pool buffers are sent without a copy, where the route allows it",
+        );
+    } else {
+        features.off(
+            ZERO_COPY,
+            "this kernel cannot report what became of a zero-copy send, so all sends copy"
+                .to_owned(),
+            "Linux 6.3 has it",
+        );
+    }
+    if params.is_feature_resource_tagging() {
+        features.on("registered buffers", "zero-copy sends need not pin pages");
+    } else {
+        features.off(
+            "registered buffers",
+            "this kernel has no table of buffers that can be changed".to_owned(),
+            "Linux 5.13 has it",
+        );
+    }
+    Ok(has_zero_copy)
 }
 
 #[cfg(test)]

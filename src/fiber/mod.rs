@@ -42,9 +42,13 @@ pub(crate) mod inflight;
 pub(crate) mod join;
 pub(crate) mod overflow;
 pub(crate) mod park;
+pub(crate) mod pin;
+#[cfg(test)]
+mod pin_test;
 mod raw_mutex;
 pub(crate) mod ready;
 pub(crate) mod remote;
+pub(crate) mod route;
 pub(crate) mod scheduler;
 #[cfg(test)]
 mod simulation;
@@ -52,7 +56,7 @@ mod spin;
 pub(crate) mod stack;
 pub(crate) mod sync;
 pub(crate) mod thread;
-mod wait_queue;
+pub(crate) mod wait_queue;
 mod wake;
 pub(crate) mod watch;
 

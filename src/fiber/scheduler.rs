@@ -28,7 +28,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::park::Waker;
+use super::pin::Pins;
 use super::remote::{Control, Mailbox, Remote};
+use super::route::ZeroCopy;
 use super::spin::Spin;
 use super::stack::{STACK_BYTES_MIN, StackPool};
 use super::{AbortOnUnwind, DriverCell, FiberRef, State, interrupt};
@@ -69,6 +71,7 @@ pub(crate) struct Limits {
     pub(crate) spin: Duration,
     /// Receive buffers, and bytes of each.
     pub(crate) buffers: (usize, usize),
+    pub(crate) zero_copy: ZeroCopy,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -138,6 +141,7 @@ pub(crate) struct Worker {
     ending: RefCell<Vec<Ending>>,
     stacks: RefCell<StackPool>,
     pub(super) buffers: Pool,
+    pub(super) pins: Pins,
     remote: Arc<Remote>,
     mailbox: Mailbox,
     counts: Arc<Counts>,
@@ -178,6 +182,7 @@ impl Worker {
             ending: RefCell::new(Vec::new()),
             stacks: RefCell::new(StackPool::new(limits.stack_bytes)),
             buffers: Pool::new(limits.buffers.0, limits.buffers.1),
+            pins: Pins::new(limits.zero_copy),
             remote,
             mailbox,
             counts,
@@ -589,6 +594,7 @@ impl Worker {
             self.make_ready(fiber);
         }
         self.tell_of_ended();
+        self.release_pins();
         let served = self.switches.get() - served_before;
         self.crowded.set(served > CROWD);
         self.quiet.set(served <= QUIET);
@@ -703,6 +709,7 @@ impl Worker {
             self.live.get(),
             now,
         );
+        self.counts.publish_pins(&self.pins.counts());
     }
 
     fn waiters(&self) -> Vec<Waiter> {
@@ -728,6 +735,7 @@ impl Worker {
                 }
             }
         }
+        self.drain_pins(self.grace_ns());
         self.driver.with(|driver| {
             driver.end_watches();
             driver.close_bell();

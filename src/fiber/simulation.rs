@@ -32,6 +32,7 @@ fn simulate<T: 'static>(
         grace: Duration::from_secs(1),
         spin: Duration::ZERO,
         buffers: (3, 24),
+        zero_copy: Default::default(),
     };
     let counts = Arc::new(Counts::default());
     let worker = Worker::new(driver, limits, counts.clone()).unwrap();

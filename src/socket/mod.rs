@@ -41,6 +41,7 @@ mod sendfile;
 mod trace;
 mod udp;
 mod watched;
+mod zero_copy;
 
 use std::fmt;
 use std::io;
@@ -172,6 +173,8 @@ struct Inner {
     queue: OnceLock<Box<queue::SendQueue>>,
     /// Which segments the kernel may be given to cut.
     segmentation: udp::Segmentation,
+    /// What its sends without a copy have in common, once there was one to think of.
+    zero_copy: OnceLock<Box<zero_copy::Peer>>,
     inflight: InFlight,
 }
 
@@ -328,6 +331,7 @@ impl Socket {
             files: file::Files::new(),
             queue: OnceLock::new(),
             segmentation: udp::Segmentation::new(),
+            zero_copy: OnceLock::new(),
             inflight: InFlight::new(),
         })))
     }
@@ -1599,6 +1603,7 @@ impl Socket {
             files: file::Files::new(),
             queue: OnceLock::new(),
             segmentation: udp::Segmentation::new(),
+            zero_copy: OnceLock::new(),
             inflight: InFlight::new(),
         }))
     }

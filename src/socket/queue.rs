@@ -20,6 +20,7 @@ use crate::buf::Buf;
 use crate::error::{Error, Result};
 use crate::fiber::join::Builder;
 use crate::fiber::park::{Parking, Waker};
+use crate::fiber::route::THRESHOLD_MIN;
 use crate::fiber::{self, error_from_outcome};
 use crate::sys;
 
@@ -172,8 +173,9 @@ fn send_queued(socket: &Socket, queue: &SendQueue) {
 }
 
 impl Socket {
-    /// [`sendall`](Socket::sendall) of a buffer that is given away: a lease goes back to its pool when the kernel has taken its
-    /// bytes. They are not copied on the way.
+    /// [`sendall`](Socket::sendall) of a buffer that is given away: a lease, or a [`PoolBuf`](crate::PoolBuf), goes back to its pool when the
+    /// kernel is done with it. A large one is sent without any copy, in a fiber and where the route allows it
+    /// ([`RuntimeBuilder::zero_copy`](crate::RuntimeBuilder::zero_copy)); then the buffer can go back some time after the call has returned.
     ///
     /// # Errors
     ///
@@ -181,7 +183,7 @@ impl Socket {
     ///
     /// # Source
     ///
-    /// `send(2)`; `IORING_OP_SEND` with `MSG_WAITALL`.
+    /// `send(2)`; `IORING_OP_SEND` with `MSG_WAITALL`; `IORING_OP_SEND_ZC` (Linux 6.3).
     ///
     /// ```
     /// # ringsock::run(|| {
@@ -193,6 +195,9 @@ impl Socket {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn sendall_buf(&self, buf: Buf) -> Result<()> {
+        if buf.len() >= THRESHOLD_MIN {
+            return self.sendall_large(buf);
+        }
         self.sendall(&buf)
     }
 
