@@ -11,7 +11,10 @@
 //!
 //! It waits for nothing itself. Who does (`epoll.rs`, and a plain thread by poll(2)) calls [`step`](Attempt::step) again.
 
+use std::os::fd::RawFd;
+
 use super::op::{Op, TRANSFER_BYTES_MAX};
+use crate::address::SockAddr;
 use crate::sys;
 
 /// How far an operation has come.
@@ -38,8 +41,8 @@ impl Attempt {
     #[inline]
     pub(crate) fn step(&mut self, op: &mut Op<'_>) -> Option<i32> {
         loop {
-            let result = match op {
-                Op::Connect { fd, .. } if self.connecting => connected(*fd),
+            let result = match *op {
+                Op::Connect { fd, address } if self.connecting => connected(op, fd, address),
                 _ if self.moved > 0 => op.attempt_rest(self.moved as usize),
                 _ => op.attempt(),
             };
@@ -59,6 +62,18 @@ impl Attempt {
         }
     }
 
+    /// For an operation whose descriptor is ready although it would wait: its result if it is at its end all the same.
+    ///
+    /// A datagram socket that was shut down for receiving is readable and answers `EAGAIN`; only a recv(2) that waits is told 0.
+    #[cold]
+    pub(crate) fn at_end(&self, op: &Op<'_>) -> Option<i32> {
+        let (Op::Recv { fd, .. } | Op::RecvMsg { fd, .. }) = op else {
+            return None;
+        };
+        let is_shut = sys::poll(*fd, libc::POLLRDHUP, 0) & i32::from(libc::POLLRDHUP) != 0;
+        is_shut.then(|| self.ended(0))
+    }
+
     /// The result of an operation that ends here, without one of its own: the bytes that it has moved, or else `code`.
     pub(crate) fn ended(&self, code: i32) -> i32 {
         if self.moved > 0 {
@@ -70,11 +85,25 @@ impl Attempt {
 }
 
 /// What a connect under way has come to; `-EAGAIN` if it goes on.
-fn connected(fd: i32) -> i32 {
+///
+/// In the families of IP another connect(2) tells, and has the socket know: that it is connected (the next one is told `EISCONN`),
+/// or that it is not and may connect again. In others a failure is in `SO_ERROR`, and another connect(2) would start anew.
+fn connected(op: &mut Op<'_>, fd: RawFd, address: &SockAddr) -> i32 {
     match sys::poll(fd, libc::POLLOUT, 0) {
-        0 => -libc::EAGAIN,
-        error if error < 0 => error,
-        _ => sys::connect_outcome(fd),
+        0 => return -libc::EAGAIN,
+        error if error < 0 => return error,
+        _ => {}
+    }
+    if !sys::is_ip(address) {
+        let outcome = sys::connect_outcome(fd);
+        if outcome < 0 {
+            return outcome;
+        }
+    }
+    match op.attempt() {
+        again if matches!(-again, libc::EALREADY | libc::EINPROGRESS) => -libc::EAGAIN,
+        already if already == -libc::EISCONN => 0,
+        result => result,
     }
 }
 

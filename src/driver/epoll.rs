@@ -65,6 +65,9 @@ use crate::sys;
 /// How many events one epoll_wait brings at most. The rest comes with the next, behind those who have been served.
 const EVENTS_MAX: usize = 256;
 
+/// A worker has room for so many waits from the start on.
+const SLOTS_AT_FIRST: usize = 256;
+
 /// What the bell's events bear: no descriptor's, whose numbers are not negative.
 const BELL: u64 = u64::MAX;
 
@@ -176,7 +179,7 @@ impl Epoll {
                 "Linux 5.11 has it, unless a seccomp filter hides it",
             );
         }
-        Ok(Epoll {
+        let mut driver = Epoll {
             epoll,
             waits: Vec::new(),
             watched: Vec::new(),
@@ -193,7 +196,11 @@ impl Epoll {
             fork_mark: sys::fork_mark(),
             fork_epoch: sys::fork_epoch(),
             features,
-        })
+        };
+        let slots = if driver.is_alone { 1 } else { SLOTS_AT_FIRST };
+        driver.make_room(slots);
+        driver.watched.reserve(slots);
+        Ok(driver)
     }
 
     pub(crate) fn features(&self) -> &Features {
@@ -227,10 +234,11 @@ impl Epoll {
     ///
     /// `*op` and the memory that it borrows must stay valid and unaliased until [`next`](Epoll::next) has returned the completion
     /// of `key`, whatever happens to the borrowing frame.
+    #[inline(never)]
     pub(crate) unsafe fn prepare(&mut self, op: &mut Op<'_>, key: Key, timeout: Option<&Timespec>) {
         let slot = key.index();
         if slot >= self.waits.len() {
-            self.waits.resize_with(slot + 1, || Wait::IDLE);
+            self.make_room(slot + 1);
         }
         let wait = &mut self.waits[slot];
         debug_assert_eq!(wait.key, Key::NONE, "one operation at a time");
@@ -241,6 +249,17 @@ impl Epoll {
             ..Wait::IDLE
         };
         self.prepared.push(key);
+    }
+
+    /// Makes room for so many slots, in everything that holds one entry of a slot at most.
+    #[cold]
+    fn make_room(&mut self, slots: usize) {
+        let slots = slots.next_power_of_two();
+        self.waits.resize_with(slots, || Wait::IDLE);
+        // Those that are cancelled before they are tried stay in it until then.
+        self.prepared.reserve(slots);
+        self.completed.reserve(slots - self.completed.len());
+        self.timers.reserve(slots);
     }
 
     /// Ends the operation, if it is under way: with what it has moved, or `-ECANCELED`.
@@ -343,6 +362,7 @@ impl Epoll {
     }
 
     /// The next completion: its `user_data` and its result.
+    #[inline(never)]
     pub(crate) fn next(&mut self, counters: &mut Counters) -> Option<(u64, Completion)> {
         loop {
             if let Some(completed) = self.completed.pop_front() {
@@ -628,7 +648,7 @@ impl Epoll {
         }
         let fd = data as u32 as RawFd;
         let broken = (libc::EPOLLERR | libc::EPOLLHUP) as u32;
-        let (mut tried, mut got_on) = (false, false);
+        let (mut in_vain, mut got_on, mut none_left) = (false, false, false);
         let mut slot = watched.first;
         while slot != NOBODY {
             let wait = &self.waits[slot as usize];
@@ -641,27 +661,33 @@ impl Epoll {
             // SAFETY: `prepare`'s caller keeps it until the completion.
             let op = unsafe { &*wait.op };
             let is_accept = matches!(op, Op::Accept { .. });
+            if is_accept && none_left {
+                continue;
+            }
             let result = match op {
                 Op::Poll { .. } => Some(events as i32),
-                _ => self.step(this),
+                _ => {
+                    let stepped = self.step(this);
+                    stepped.or_else(|| self.waits[this as usize].attempt.at_end(op))
+                }
             };
-            tried = true;
             match result {
                 Some(res) => {
                     got_on = true;
                     self.unlink(this);
                     self.complete(this, res);
                 }
-                // All others that accept here would find nothing either.
-                None if is_accept => break,
-                None => {}
+                // Another process or worker was faster, so all others that accept here would find nothing either; and nothing
+                // is left that would be an event at once.
+                None if is_accept => none_left = true,
+                None => in_vain = true,
             }
         }
         if self.watched[fd as usize].first == NOBODY {
             return;
         }
         let watched = &mut self.watched[fd as usize];
-        if got_on || !tried {
+        if got_on || !in_vain {
             watched.vain = 0;
             return self.arm(fd, counters);
         }

@@ -22,6 +22,12 @@ pub(super) struct Timers {
 }
 
 impl Timers {
+    /// Makes room for so many slots.
+    pub(super) fn reserve(&mut self, slots: usize) {
+        self.places.resize(slots.max(self.places.len()), NONE);
+        self.heap.reserve(slots - self.heap.len());
+    }
+
     /// The soonest time; `i64::MAX` where there is none.
     #[inline]
     pub(super) fn first_ns(&self) -> i64 {
@@ -41,7 +47,7 @@ impl Timers {
         }
         let slot_index = slot as usize;
         if slot_index >= self.places.len() {
-            self.places.resize(slot_index + 1, NONE);
+            self.reserve(slot_index + 1);
         }
         let entry = Entry { at_ns, slot };
         let place = match self.places[slot_index] {

@@ -15,7 +15,7 @@ use super::inflight::{Direction, InFlight};
 use super::outcome;
 use super::remote::{Control, Mailbox, Remote};
 use crate::driver::op::timespec_from_ns;
-use crate::driver::{Attempt, Completion, Config, Driver, Full, Op, Waiter};
+use crate::driver::{Attempt, Completion, Config, Driver, DriverKind, Full, Op, Waiter};
 use crate::error::Result;
 use crate::sys;
 
@@ -183,6 +183,11 @@ fn with_ring<R>(use_ring: impl FnOnce(&mut ThreadRing) -> R) -> Option<R> {
     used.ok().flatten()
 }
 
+/// What drives this thread's calls; `None` where it is poll(2).
+pub(super) fn driver() -> Option<DriverKind> {
+    with_ring(|ring| ring.driver.kind())
+}
+
 /// Drops this thread's ring and what it never submitted.
 fn discard_ring() {
     REFUSED_UNTIL_NS.set(sys::monotonic_ns().saturating_add(REFUSED_PAUSE_NS));
@@ -229,8 +234,12 @@ fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Dir
         ns => sys::monotonic_ns().saturating_add(ns),
     };
     let mut attempt = Attempt::NEW;
+    let mut is_ready = false;
     loop {
         if let Some(res) = attempt.step(op) {
+            return res;
+        }
+        if is_ready && let Some(res) = attempt.at_end(op) {
             return res;
         }
         if super::is_closed(target) {
@@ -243,7 +252,7 @@ fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Dir
         let slice_ms = (left_ns / 1_000_000 + 1).min(POLL_SLICE_MS);
         match op.readiness() {
             Some((fd, events)) if !attempt.waits_for_time(op) => {
-                sys::poll(fd, events, slice_ms as i32);
+                is_ready = sys::poll(fd, events, slice_ms as i32) > 0;
             }
             Some(_) => std::thread::sleep(Duration::from_millis(slice_ms.min(RETRY_MS) as u64)),
             None => std::thread::sleep(Duration::from_millis(slice_ms as u64)),
