@@ -445,7 +445,8 @@ fn on_epoll_a_proxy_serves_ten_thousand_connections() {
         .unwrap()
         .parse()
         .unwrap();
-    let count = connections().min((files - 100) / 2);
+    // A connect that is under way takes a few more.
+    let count = connections().min((files - 1000) / 2);
     println!("{count} connections, {files} descriptors for the proxy");
     assert!(count == 10_000 || files < 21_000);
     let endpoint = Endpoint::Tcp(address.parse().unwrap());
