@@ -325,6 +325,7 @@ impl<'a> Outgoing<'a> {
     }
 
     fn iovecs(&self) -> impl Iterator<Item = libc::iovec> {
+        #[allow(clippy::unnecessary_cast, reason = "not a usize on musl")]
         let (iovecs, count) = (self.header.msg_iov, self.header.msg_iovlen as usize);
         // SAFETY: `new` and `rest` put `count` initialised iovecs there, borrowed as long as self.
         (0..count).map(move |index| unsafe { iovecs.add(index).read() })
