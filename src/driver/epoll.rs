@@ -723,6 +723,7 @@ mod tests {
     /// A driver, and the operations it was given, which stay where they are.
     struct Bench {
         driver: Driver,
+        #[expect(clippy::vec_box, reason = "a growing vector would move them")]
         ops: Vec<Box<Op<'static>>>,
         results: HashMap<usize, i32>,
         /// The waiters that have results, in the order in which they got them.
