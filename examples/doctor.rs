@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use ringsock::Features;
 
-/// Prints which features of io_uring this kernel offers to this process, and what would turn on the others. Exits with 1 if
-/// ringsock cannot run here.
+/// Prints which driver ringsock uses here, io_uring or epoll, which features the kernel offers for it, and what would turn on the
+/// others. Exits with 1 if ringsock cannot run here.
 #[derive(Parser)]
 #[command(version)]
 struct Args {}
@@ -29,8 +29,10 @@ fn main() -> ExitCode {
         Ok(features) => {
             let _ = writeln!(
                 out,
-                "driver: io_uring\n\n{:<18} {:<4} what it is for, or why it is off\n{features}",
-                "feature", ""
+                "driver: {}\n\n{:<18} {:<4} what it is for, or why it is off\n{features}",
+                features.driver(),
+                "feature",
+                ""
             );
             ExitCode::SUCCESS
         }

@@ -35,6 +35,7 @@ pub use address::{
 pub use buf::Buf;
 pub use buf::pool::{BufferPool, BufferPoolBuilder, PoolBuf};
 pub use constants::*;
+pub use driver::DriverKind;
 pub use driver::features::{Feature, Features};
 pub use error::{Error, Result, Text};
 pub use fiber::blocking::{BlockingHandle, set_blocking_threads, spawn_blocking};

@@ -35,17 +35,17 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Operations given to the ring.
+    /// Operations given to the driver.
     operations,
-    /// Calls of io_uring_enter(2).
+    /// Calls of io_uring_enter(2), or of epoll_wait(2).
     enters,
     /// Of these, interrupted by a signal and repeated.
     enters_interrupted,
     /// Of these, refused by the kernel for want of memory or of room, and repeated.
     enters_refused,
-    /// Submission queue entries written. Per enter: the batch size.
+    /// Submission queue entries written. Per enter: the batch size. On epoll: how often a descriptor was armed (epoll_ctl(2)).
     sqes,
-    /// Completion queue entries read. Per enter: how much one wait brought.
+    /// Completion queue entries read. Per enter: how much one wait brought. On epoll: operations completed.
     cqes,
     /// Times the submission queue was full and had to be submitted early.
     sq_full,

@@ -1,7 +1,7 @@
 //! Runtimes: worker threads, where fibers go, serving, shutdown.
 //!
 //! ```text
-//!   build() or run() ──▶ n workers, each a thread with its ring, its fibers, its mailbox
+//!   build() or run() ──▶ n workers, each a thread with its driver, its fibers, its mailbox
 //!                              │ `run`'s closure returned, or the Runtime was dropped
 //!                              ▼
 //!   operations cancelled, calls answer Shutdown ──▶ fibers end ──▶ (grace over: they are unwound) ──▶ threads joined
@@ -25,7 +25,7 @@ use crate::constants::{
     TCP_NODELAY,
 };
 use crate::driver::features::{self, Features};
-use crate::driver::{Config, Driver};
+use crate::driver::{Config, Driver, DriverKind};
 use crate::error::{Error, Result};
 use crate::fiber::join::{JoinError, JoinHandle, spawn_remote};
 use crate::fiber::overflow::SignalStack;
@@ -76,8 +76,8 @@ impl Shared {
 ///
 /// # Panics
 ///
-/// In a fiber: a runtime does not fit into a runtime. And where the kernel gives no ring, with a sentence that says what to
-/// change ([`RuntimeBuilder::run`] returns it as an error).
+/// In a fiber: a runtime does not fit into a runtime. And where the kernel gives neither a ring nor epoll, or not what was asked
+/// for, with a sentence that says what to change ([`RuntimeBuilder::run`] returns it as an error).
 ///
 /// # Fork
 ///
@@ -136,6 +136,17 @@ impl Runtime {
     pub fn handle(&self) -> Handle {
         self.handle.clone()
     }
+
+    /// What drives its workers.
+    ///
+    /// ```
+    /// let runtime = ringsock::Runtime::builder().build()?;
+    /// println!("running on {}", runtime.driver());
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn driver(&self) -> DriverKind {
+        self.handle.driver()
+    }
 }
 
 impl Drop for Runtime {
@@ -178,6 +189,7 @@ fn join_thread(thread: thread::JoinHandle<()>) {
 pub struct RuntimeBuilder {
     workers: usize,
     config: Config,
+    driver: Option<DriverKind>,
     limits: Limits,
 }
 
@@ -186,6 +198,7 @@ impl Default for RuntimeBuilder {
         RuntimeBuilder {
             workers: 1,
             config: Config::worker(),
+            driver: None,
             limits: Limits {
                 stack_bytes: 256 * 1024,
                 fibers_max: 1 << 20,
@@ -280,6 +293,21 @@ impl RuntimeBuilder {
             cq_per_sq: completion_per_submission.clamp(2, 32),
             ..Config::worker()
         };
+        self
+    }
+
+    /// What drives the workers. If not said, the environment variable `RINGSOCK_DRIVER` says it (`uring` or `epoll`); without that
+    /// it is io_uring or, where that is forbidden or the kernel is older than 6.1, epoll.
+    ///
+    /// ```
+    /// use ringsock::{DriverKind, Runtime};
+    ///
+    /// let runtime = Runtime::builder().driver(DriverKind::Epoll).workers(2).build()?;
+    /// assert_eq!(runtime.driver(), DriverKind::Epoll);
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn driver(mut self, driver: DriverKind) -> RuntimeBuilder {
+        self.driver = Some(driver);
         self
     }
 
@@ -387,17 +415,21 @@ impl RuntimeBuilder {
     ///
     /// # Errors
     ///
-    /// Where the kernel gives no ring: see [`Features::probe`]. `EAGAIN`, `ENOMEM`: no thread. `EMFILE`: no free descriptor.
+    /// Where neither driver can be had, or not the one that was asked for: see [`Features::probe`]. `EAGAIN`, `ENOMEM`: no thread.
+    /// `EMFILE`: no free descriptor. `Value`: the environment asks for a driver that there is not.
     ///
     /// ```
     /// let runtime = ringsock::Runtime::builder().build()?;
     /// assert_eq!(runtime.handle().spawn(|| 42)?.join().unwrap(), 42);
     /// # Ok::<(), ringsock::Error>(())
     /// ```
-    pub fn build(self) -> Result<Runtime> {
+    pub fn build(mut self) -> Result<Runtime> {
         let mut pending = Vec::new();
         for index in 0..self.workers {
-            pending.push(self.start(index)?);
+            let started = self.start(index)?;
+            // What the first has, all have.
+            self.driver = Some(started.0.features.driver());
+            pending.push(started);
         }
         let (entries, threads): (Vec<_>, Vec<_>) = pending.into_iter().unzip();
         let handle = share(entries);
@@ -429,7 +461,7 @@ impl RuntimeBuilder {
     /// assert_eq!(sum, 3);
     /// # Ok::<(), ringsock::Error>(())
     /// ```
-    pub fn run<T, F>(self, main: F) -> Result<T>
+    pub fn run<T, F>(mut self, main: F) -> Result<T>
     where
         F: FnOnce() -> T + 'static,
         T: 'static,
@@ -441,6 +473,8 @@ impl RuntimeBuilder {
         let counts = Arc::new(Counts::default());
         let worker = self.worker(counts.clone())?;
         let mut entries = vec![entry(&worker, counts)];
+        // What the first has, all have.
+        self.driver = Some(entries[0].features.driver());
         let mut pending = Vec::new();
         for index in 1..self.workers {
             let (entry, thread) = self.start(index)?;
@@ -475,10 +509,10 @@ impl RuntimeBuilder {
 
     fn worker(&self, counts: Arc<Counts>) -> Result<Worker> {
         let config = features::share_locked_memory(self.config, self.workers);
-        Worker::new(Driver::uring(config)?, self.limits, counts)
+        Worker::new(Driver::new(config, self.driver)?, self.limits, counts)
     }
 
-    /// Starts a worker thread as far as its ring; it waits for the others.
+    /// Starts a worker thread as far as its driver; it waits for the others.
     fn start(&self, index: usize) -> Result<(WorkerEntry, PendingThread)> {
         let (report, reported) = bounded::<Result<WorkerEntry>>(1);
         let (go, went) = bounded::<Handle>(1);
@@ -609,6 +643,18 @@ impl Handle {
         is_ours.then_some(handle)
     }
 
+    /// What drives its workers: the same for all.
+    ///
+    /// ```
+    /// ringsock::run(|| {
+    ///     let handle = ringsock::Handle::current().unwrap();
+    ///     println!("running on {}", handle.driver());
+    /// });
+    /// ```
+    pub fn driver(&self) -> DriverKind {
+        self.0.workers[0].features.driver()
+    }
+
     /// How many workers the runtime has.
     pub fn workers(&self) -> usize {
         self.0.workers.len()
@@ -677,7 +723,7 @@ impl Handle {
             .collect()
     }
 
-    /// What each worker's ring found the kernel to offer, by number.
+    /// What each worker's driver found the kernel to offer, by number.
     ///
     /// ```
     /// let runtime = ringsock::Runtime::builder().build()?;

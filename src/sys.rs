@@ -10,8 +10,8 @@ use std::io::{IoSlice, IoSliceMut};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 
 use crate::address::{Address, SockAddr};
 use crate::driver::op::TRANSFER_BYTES_MAX;
@@ -170,6 +170,14 @@ impl<'a> Scatter<'a> {
         }
     }
 
+    /// Bytes of all pieces.
+    pub(crate) fn bytes(&self) -> usize {
+        // SAFETY: `pieces` points to `count` initialised iovecs, borrowed as long as self.
+        (0..self.count)
+            .map(|index| unsafe { (*self.pieces.add(index)).iov_len })
+            .sum()
+    }
+
     /// The same memory behind its first `done` bytes, described in `pieces`.
     pub(crate) fn rest<'b>(&'b mut self, done: usize, pieces: &'b mut Vec<Piece>) -> Scatter<'b> {
         pieces.clear();
@@ -305,6 +313,40 @@ impl<'a> Outgoing<'a> {
     /// The header, whose memory is borrowed as long as self.
     pub(crate) fn header(&self) -> *const libc::msghdr {
         &raw const self.header
+    }
+
+    /// Bytes of all buffers.
+    pub(crate) fn bytes(&self) -> usize {
+        self.iovecs().map(|iovec| iovec.iov_len).sum()
+    }
+
+    /// The same buffers behind their first `done` bytes, described in `pieces`, without control data.
+    pub(crate) fn rest<'b>(&'b self, done: usize, pieces: &'b mut Vec<Piece>) -> Outgoing<'b> {
+        pieces.clear();
+        let mut skip = done;
+        for iovec in self.iovecs() {
+            let skipped = skip.min(iovec.iov_len);
+            skip -= skipped;
+            pieces.push(Piece(libc::iovec {
+                iov_base: iovec.iov_base.wrapping_byte_add(skipped),
+                iov_len: iovec.iov_len - skipped,
+            }));
+        }
+        let mut header = self.header;
+        header.msg_iov = pieces.as_mut_ptr().cast();
+        header.msg_control = std::ptr::null_mut();
+        header.msg_controllen = 0;
+        Outgoing {
+            header,
+            memory: PhantomData,
+        }
+    }
+
+    fn iovecs(&self) -> impl Iterator<Item = libc::iovec> {
+        #[allow(clippy::unnecessary_cast, reason = "not a usize on musl")]
+        let (iovecs, count) = (self.header.msg_iov, self.header.msg_iovlen as usize);
+        // SAFETY: `new` and `rest` put `count` initialised iovecs there, borrowed as long as self.
+        (0..count).map(move |index| unsafe { iovecs.add(index).read() })
     }
 }
 
@@ -572,6 +614,13 @@ fn socket_filter(fd: RawFd, value: &mut [u8]) -> i32 {
     }
 }
 
+/// Whether the address is one of AF_INET or AF_INET6.
+pub(crate) fn is_ip(address: &SockAddr) -> bool {
+    // SAFETY: a SockAddr is a whole, initialised `struct sockaddr_storage`.
+    let family = unsafe { (*address.as_ptr()).sa_family };
+    matches!(i32::from(family), libc::AF_INET | libc::AF_INET6)
+}
+
 /// What became of a connect that was under way (`SO_ERROR`): 0, or why it failed.
 pub(crate) fn connect_outcome(fd: RawFd) -> i32 {
     let mut value = [0u8; 4];
@@ -579,6 +628,12 @@ pub(crate) fn connect_outcome(fd: RawFd) -> i32 {
         error if error < 0 => error,
         _ => -i32::from_ne_bytes(value),
     }
+}
+
+/// Whether the descriptor is that of a socket that accepts connections.
+pub(crate) fn is_listening(fd: RawFd) -> bool {
+    let mut value = [0u8; 4];
+    getsockopt(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN, &mut value) >= 0 && value != [0; 4]
 }
 
 /// SO_RCVTIMEO or SO_SNDTIMEO in nanoseconds, `None` where there is none; or an errno.
@@ -701,6 +756,44 @@ pub(crate) fn epoll_next(epoll: RawFd) -> Option<usize> {
     (count == 1).then_some(event.u64 as usize)
 }
 
+/// epoll_ctl(2), with `data` for the events.
+pub(crate) fn epoll_ctl(epoll: RawFd, operation: i32, fd: RawFd, events: u32, data: u64) -> i32 {
+    let mut event = libc::epoll_event { events, u64: data };
+    // SAFETY: the event is read during the call.
+    result(unsafe { libc::epoll_ctl(epoll, operation, fd, &mut event) })
+}
+
+/// epoll_wait(2), for `timeout_ms` (-1: for ever): how many events there are now.
+pub(crate) fn epoll_wait(epoll: RawFd, events: &mut [libc::epoll_event], timeout_ms: i32) -> i32 {
+    let room = events.len().min(i32::MAX as usize) as i32;
+    // SAFETY: the kernel writes at most `room` events into the exclusively borrowed slice, during the call only.
+    result(unsafe { libc::epoll_wait(epoll, events.as_mut_ptr(), room, timeout_ms) })
+}
+
+/// epoll_pwait2(2) (Linux 5.11) without a signal mask, for `timeout_ns`: how many events there are now.
+pub(crate) fn epoll_wait_ns(
+    epoll: RawFd,
+    events: &mut [libc::epoll_event],
+    timeout_ns: i64,
+) -> i32 {
+    // `struct __kernel_timespec`: 64-bit seconds and nanoseconds, whatever the C library's are.
+    let timeout: [i64; 2] = [timeout_ns / 1_000_000_000, timeout_ns % 1_000_000_000];
+    // SAFETY: the kernel writes at most `len` events into the exclusively borrowed slice and reads the timeout, during the
+    // call only; no mask is passed.
+    let count = unsafe {
+        libc::syscall(
+            libc::SYS_epoll_pwait2,
+            epoll,
+            events.as_mut_ptr(),
+            events.len() as libc::c_int,
+            &raw const timeout,
+            std::ptr::null::<libc::sigset_t>(),
+            8usize,
+        )
+    };
+    result(count as i32)
+}
+
 /// The monotonic clock in nanoseconds.
 pub(crate) fn monotonic_ns() -> i64 {
     let mut time = MaybeUninit::<libc::timespec>::uninit();
@@ -795,6 +888,18 @@ pub(crate) fn fork_epoch() -> u32 {
         }
         epoch => epoch,
     }
+}
+
+/// The lock, unless this is a forked child whose parent had it taken just then: nobody will give it back here.
+pub(crate) fn lock_after_fork<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    for _ in 0..10_000 {
+        match mutex.try_lock() {
+            Ok(guard) => return Some(guard),
+            Err(TryLockError::Poisoned(guard)) => return Some(guard.into_inner()),
+            Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+        }
+    }
+    None
 }
 
 /// The size of a page of memory in bytes.

@@ -385,6 +385,10 @@ fn trace(strace: &Path, part: &str) -> Option<String> {
 
 #[test]
 fn a_waiting_receive_on_a_thread_is_one_system_call() {
+    if std::env::var("RINGSOCK_DRIVER").is_ok_and(|driver| driver == "epoll") {
+        println!("skipped: RINGSOCK_DRIVER=epoll: there it is four: try, arm, wait, receive");
+        return;
+    }
     let Some(strace) = strace() else {
         println!("skipped: strace is not installed");
         return;

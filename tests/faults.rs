@@ -14,7 +14,7 @@ use ringsock::prelude::*;
 use ringsock::{Result, calls_without_ring};
 use support::{
     CHILD, EchoServer, Finished, Process, Random, Stream, child_part, example, has_strace, seed,
-    traced, turn,
+    skipped_on_epoll, traced, turn,
 };
 
 /// How many runs a sweep takes: of `all` of them about `few`, evenly spread, unless more are asked for.
@@ -121,6 +121,9 @@ fn exchange_with(server: EchoServer, fault: &str, seed: u64) -> usize {
 #[test]
 fn a_server_loses_nothing_when_enters_fail() {
     let _turn = turn();
+    if skipped_on_epoll("nothing enters a ring; epoll's calls have a test of their own") {
+        return;
+    }
     if !has_strace() {
         return;
     }
@@ -206,8 +209,10 @@ fn a_server_that_cannot_start_says_why_in_one_line() {
                 all.push(format!("inject={call}:error={error}:when={first}+"));
             }
         }
+        // Without being asked for, a ring that is refused is no reason not to start.
+        let options = [options, &["-E", "RINGSOCK_DRIVER=uring"]].concat();
         for fault in spread(&all, 5) {
-            match start_server(&fault, options) {
+            match start_server(&fault, &options) {
                 Some(server) => assert_eq!(exchange_with(server, &fault, 1), 0, "{fault}"),
                 None => refused += 1,
             }
@@ -334,6 +339,9 @@ fn threads_survive_failing_calls() {
         ("ioctl", &["EIO"], &[], false, 1),
         ("dup3", &["EMFILE"], &[], false, 1),
     ] {
+        if call == "mmap" && skipped_on_epoll("there are no rings to map") {
+            continue;
+        }
         for fault in spread(&sweep(call, errors, &some, &[2, 3, 7]), few) {
             let finished = run_threads(&fault, options, 10);
             assert_eq!(finished.status.code(), Some(0), "{fault}: {finished:?}");
@@ -362,23 +370,56 @@ fn threads_without_any_ring_lose_nothing() {
     if !has_strace() {
         return;
     }
-    for fault in [
-        "inject=io_uring_setup:error=ENOSYS",
-        "inject=io_uring_enter:error=ENOMEM",
-        "inject=io_uring_enter:error=EAGAIN",
-        "inject=eventfd2:error=ENFILE",
-        "inject=io_uring_register:error=EINVAL",
+    // Where the ring is refused there is epoll; where it takes nothing, or there is neither, poll(2).
+    for (fault, on_epoll) in [
+        ("inject=io_uring_setup:error=ENOSYS", true),
+        ("inject=io_uring_register:error=EINVAL", true),
+        ("inject=io_uring_enter:error=ENOMEM", support::on_epoll()),
+        ("inject=io_uring_enter:error=EAGAIN", support::on_epoll()),
+        ("inject=eventfd2:error=ENFILE", false),
     ] {
         let finished = run_threads(fault, &[], 1);
         let text = String::from_utf8_lossy(&finished.stdout).into_owned();
         assert!(text.contains("intact, "), "{fault}: {finished:?}");
-        assert!(!text.contains("intact, 0 without"), "{fault}: {finished:?}");
+        let without = !text.contains("intact, 0 without");
+        assert_eq!(without, !on_epoll, "{fault}: {finished:?}");
+    }
+}
+
+#[test]
+fn threads_and_servers_on_epoll_survive_failing_calls() {
+    let _turn = turn();
+    if !has_strace() {
+        return;
+    }
+    let seed = seed();
+    let some: Vec<u32> = (1..=12).collect();
+    for (call, errors) in [
+        ("epoll_wait", &["EINTR"][..]),
+        ("epoll_pwait2", &["EINTR"]),
+        // Out of memory, out of watches: tried again by the clock.
+        ("epoll_ctl", &["ENOMEM", "ENOSPC"]),
+        // The setup: poll(2) for a thread, and a server says why not.
+        ("epoll_create1", &["EMFILE", "ENOMEM"]),
+    ] {
+        for fault in spread(&sweep(call, errors, &some, &[2, 3, 7]), 3) {
+            let epoll = ["-E", "RINGSOCK_DRIVER=epoll"];
+            let finished = run_threads(&fault, &epoll, 10);
+            let text = String::from_utf8_lossy(&finished.stdout).into_owned();
+            assert!(text.contains("intact"), "{fault}: {finished:?}");
+            if let Some(server) = start_server(&fault, &epoll) {
+                assert_eq!(exchange_with(server, &fault, seed), 0, "{fault}, {seed}");
+            }
+        }
     }
 }
 
 #[test]
 fn a_ring_that_is_not_to_be_had_leaves_no_mapping_behind() {
     let _turn = turn();
+    if skipped_on_epoll("there are no rings") {
+        return;
+    }
     if !has_strace() {
         return;
     }

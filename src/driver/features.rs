@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::Config;
+use super::{Config, DriverKind};
 use crate::error::{Error, Text};
 use crate::sys;
 
@@ -22,27 +22,31 @@ pub struct Feature {
     pub remedy: String,
 }
 
-/// What one ring found at its setup: the table `doctor` prints.
+/// What one driver found at its setup: the table `doctor` prints.
 ///
 /// ```
 /// let features = ringsock::Features::probe()?;
-/// assert!(features.iter().any(|feature| feature.name == "RECV" && feature.on));
+/// assert!(features.iter().any(|feature| feature.on));
 /// # Ok::<(), ringsock::Error>(())
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Features {
     rows: Vec<Feature>,
+    driver: DriverKind,
     /// Entries of the submission and the completion queue.
     pub(crate) entries: (u32, u32),
 }
 
 impl Features {
-    /// Sets up a small ring, asks what it can do, and closes it again.
+    /// Sets up a small driver as a runtime would, asks what it can do, and closes it again.
+    ///
+    /// Where io_uring cannot be had, because it is forbidden (by sysctl or by a seccomp filter) or the kernel is older than 6.1, it is
+    /// epoll's ([`driver`](Features::driver)), and the row `io_uring` says why in one sentence that names the cause and the remedy.
     ///
     /// # Errors
     ///
-    /// Where no ring can be set up, the error's text is one sentence that names the cause and the remedy: `EPERM` (disabled by
-    /// sysctl or by a seccomp filter), `ENOSYS` (no io_uring), `ENOMEM` (locked-memory limit), or a kernel older than 6.1.
+    /// `ENOMEM` (locked-memory limit), `EMFILE`, `ENFILE` (no descriptor): again one sentence. Where the environment variable
+    /// `RINGSOCK_DRIVER` asks for `uring`, also `EPERM` and `ENOSYS`. `Value`: it asks for what there is not.
     ///
     /// # Source
     ///
@@ -54,8 +58,12 @@ impl Features {
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn probe() -> crate::Result<Features> {
-        let mut features = super::Driver::uring(Config::thread())?.features().clone();
-        features.add_locked_memory(locked_memory_limit());
+        let mut features = super::Driver::new(Config::thread(), None)?
+            .features()
+            .clone();
+        if features.driver == DriverKind::Uring {
+            features.add_locked_memory(locked_memory_limit());
+        }
         Ok(features)
     }
 
@@ -84,11 +92,26 @@ impl Features {
         }
     }
 
+    /// Which driver this is.
+    ///
+    /// ```
+    /// let features = ringsock::Features::probe()?;
+    /// println!("running on {}", features.driver());
+    /// # Ok::<(), ringsock::Error>(())
+    /// ```
+    pub fn driver(&self) -> DriverKind {
+        self.driver
+    }
+
+    pub(super) fn set_driver(&mut self, driver: DriverKind) {
+        self.driver = driver;
+    }
+
     /// The features, in the order in which they were asked for.
     ///
     /// ```
     /// let features = ringsock::Features::probe()?;
-    /// assert!(features.iter().any(|feature| feature.name == "RECV" && feature.on));
+    /// assert!(features.iter().any(|feature| feature.on));
     /// # Ok::<(), ringsock::Error>(())
     /// ```
     pub fn iter(&self) -> impl Iterator<Item = &Feature> {
@@ -122,17 +145,20 @@ impl Features {
 /// One line a feature: name, on or off, the reason and the remedy.
 impl fmt::Display for Features {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for row in &self.rows {
+        for (index, row) in self.rows.iter().enumerate() {
             let state = if row.on { "on" } else { "off" };
-            write!(f, "{:<18} {:<4} {}", row.name, state, row.why)?;
+            let end = if index > 0 { "\n" } else { "" };
+            write!(f, "{end}{:<18} {:<4} {}", row.name, state, row.why)?;
             if !row.remedy.is_empty() {
                 write!(f, "; {}", row.remedy)?;
             }
-            writeln!(f)?;
+        }
+        if self.driver == DriverKind::Epoll {
+            return Ok(());
         }
         write!(
             f,
-            "{:<18} {:<4} submission queue {} entries, completion queue {} entries",
+            "\n{:<18} {:<4} submission queue {} entries, completion queue {} entries",
             "rings", "on", self.entries.0, self.entries.1
         )
     }

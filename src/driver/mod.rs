@@ -19,24 +19,36 @@
 //! never lost. Timer and cancel CQEs bear tags and never decide: they are ignored, or tell that a cancel missed, or that the
 //! kernel has let go of a finished operation's file.
 //!
+//! # Two backends
+//!
+//! `uring.rs` gives operations to the kernel's ring. Where that is forbidden or too old, `epoll.rs` does the same by readiness and
+//! calls that do not wait. `choice.rs` says which. Above this folder nothing depends on it; in it, what is about SQEs and CQEs
+//! (messages between rings, cancels that miss, timers to be waited for) is the ring's alone.
+//!
 //! # Waking a driver from another thread
 //!
 //! A driver that is about to wait is woken through its [`Bell`]: by a message from the ringing thread's own ring
 //! (`IORING_OP_MSG_RING`), or by an eventfd that the driver watches. Who rings first makes sure there is something to find
 //! (`fiber/remote.rs` has the protocol that loses no wake).
 
+mod attempt;
+pub(crate) mod choice;
+mod epoll;
 pub(crate) mod features;
 pub(crate) mod op;
 mod queues;
 #[cfg(test)]
 pub(crate) mod scripted;
 pub(crate) mod slab;
+mod timers;
 pub(crate) mod uring;
 pub(crate) mod watch;
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub(crate) use attempt::Attempt;
+pub use choice::DriverKind;
 pub(crate) use op::{Op, Timespec};
 pub(crate) use slab::{Completion, Key, Waiter};
 pub(crate) use uring::Full;
@@ -45,6 +57,7 @@ pub(crate) use watch::{SECOND_LOOK, Told, WatchId};
 use crate::error::Result;
 use crate::sys;
 use ::slab::Slab;
+use epoll::Epoll;
 use features::Features;
 use slab::{
     Slots, TAG_CANCEL, TAG_EVENTFD, TAG_FIRST, TAG_LINKED, TAG_LOOK, TAG_MESSAGE, TAG_RETRY,
@@ -177,10 +190,11 @@ static CANCEL_RETRY: Timespec = Timespec::new().nsec(1_000_000);
 /// The time from one look at the waits for events to the next.
 static LOOK: Timespec = Timespec::new().nsec(100_000_000);
 
-// The large variant is the only one outside tests; a box would cost every operation a step.
-#[cfg_attr(test, expect(clippy::large_enum_variant))]
+// The large variant is the one that counts; a box would cost every operation a step.
+#[expect(clippy::large_enum_variant)]
 enum Backend {
     Uring(Uring),
+    Epoll(Box<Epoll>),
     #[cfg(test)]
     Scripted(scripted::Scripted),
 }
@@ -188,11 +202,22 @@ enum Backend {
 impl Driver {
     /// A driver on a ring of its own.
     pub(crate) fn uring(config: Config) -> Result<Driver> {
-        Ok(Driver {
+        let uring = Backend::Uring(Uring::new(config)?);
+        Ok(Driver::over(uring, config.awaits_timers))
+    }
+
+    /// A driver on an epoll instance of its own. `features` says why, if it was not asked for.
+    pub(crate) fn epoll(config: Config, features: Features) -> Result<Driver> {
+        let epoll = Backend::Epoll(Box::new(Epoll::new(config, features)?));
+        Ok(Driver::over(epoll, config.awaits_timers))
+    }
+
+    fn over(backend: Backend, awaits_timers: bool) -> Driver {
+        Driver {
             slots: Slots::new(),
             watches: Watches::default(),
             counters: Counters::default(),
-            backend: Backend::Uring(Uring::new(config)?),
+            backend,
             eventfd: None,
             eventfd_unwatched: false,
             messages: Slab::new(),
@@ -202,33 +227,16 @@ impl Driver {
             look_armed: false,
             look_due: false,
             tick: Box::new(Timespec::new()),
-            awaits_timers: config.awaits_timers,
+            awaits_timers,
             timers: 0,
             has_timed: false,
-        })
+        }
     }
 
     /// A driver that plays a script.
     #[cfg(test)]
     pub(crate) fn scripted(script: scripted::Scripted) -> Driver {
-        Driver {
-            slots: Slots::new(),
-            watches: Watches::default(),
-            counters: Counters::default(),
-            backend: Backend::Scripted(script),
-            eventfd: None,
-            eventfd_unwatched: false,
-            messages: Slab::new(),
-            cancels: Slab::new(),
-            missed: Vec::new(),
-            retry_armed: false,
-            look_armed: false,
-            look_due: false,
-            tick: Box::new(Timespec::new()),
-            awaits_timers: false,
-            timers: 0,
-            has_timed: false,
-        }
+        Driver::over(Backend::Scripted(script), false)
     }
 
     /// The bell other threads wake this driver by.
@@ -244,6 +252,11 @@ impl Driver {
                 assert!(watched.is_ok(), "a new ring has room");
                 fds.ring = Some(uring.ring_fd());
                 self.eventfd = Some(eventfd.as_raw_fd());
+                fds.eventfd = Some(eventfd);
+            }
+            Backend::Epoll(epoll) => {
+                let eventfd = sys::eventfd()?;
+                epoll.watch_bell(eventfd.as_raw_fd())?;
                 fds.eventfd = Some(eventfd);
             }
             #[cfg(test)]
@@ -279,6 +292,7 @@ impl Driver {
                 uring.enter(false, &mut self.counters);
                 !uring.has_unsubmitted()
             }
+            Backend::Epoll(_) => false,
             #[cfg(test)]
             Backend::Scripted(_) => false,
         }
@@ -287,6 +301,7 @@ impl Driver {
     pub(crate) fn features(&self) -> &Features {
         match &self.backend {
             Backend::Uring(uring) => uring.features(),
+            Backend::Epoll(epoll) => epoll.features(),
             #[cfg(test)]
             Backend::Scripted(script) => script.features(),
         }
@@ -296,6 +311,7 @@ impl Driver {
     pub(crate) fn has_zero_copy(&self) -> bool {
         match &self.backend {
             Backend::Uring(uring) => uring.has_zero_copy(),
+            Backend::Epoll(_) => false,
             #[cfg(test)]
             Backend::Scripted(_) => false,
         }
@@ -315,6 +331,7 @@ impl Driver {
         match &mut self.backend {
             // SAFETY: the caller's promise.
             Backend::Uring(uring) => unsafe { uring.register_buffer(start, bytes) },
+            Backend::Epoll(_) => Err(libc::EOPNOTSUPP),
             #[cfg(test)]
             Backend::Scripted(_) => Err(libc::EOPNOTSUPP),
         }
@@ -324,6 +341,7 @@ impl Driver {
     pub(crate) fn unregister_buffer(&mut self, index: u16) {
         match &mut self.backend {
             Backend::Uring(uring) => uring.unregister_buffer(index),
+            Backend::Epoll(_) => {}
             #[cfg(test)]
             Backend::Scripted(_) => {}
         }
@@ -342,6 +360,7 @@ impl Driver {
     pub(crate) fn is_ours(&self) -> bool {
         match &self.backend {
             Backend::Uring(uring) => uring.is_ours(),
+            Backend::Epoll(epoll) => epoll.is_ours(),
             #[cfg(test)]
             Backend::Scripted(_) => true,
         }
@@ -356,7 +375,8 @@ impl Driver {
     /// # Safety
     ///
     /// The memory that `op` borrows and `*timeout` must stay valid and, where the operation writes, unaliased until the
-    /// completion of the key has been returned by [`next`](Driver::next), whatever happens to the borrowing frame.
+    /// completion of the key has been returned by [`next`](Driver::next), whatever happens to the borrowing frame. The same holds
+    /// for `*op`, unless it is known that this driver is a ring: without one, the operation is tried where it is.
     #[inline(always)]
     #[allow(unsafe_code)]
     pub(crate) unsafe fn submit(
@@ -389,6 +409,11 @@ impl Driver {
                 }
                 prepared
             },
+            // SAFETY: the caller's promise.
+            Backend::Epoll(epoll) => unsafe {
+                epoll.prepare(op, key, timeout);
+                Ok(())
+            },
             #[cfg(test)]
             // SAFETY: the caller's promise.
             Backend::Scripted(script) => unsafe { script.prepare(op, key, timeout) },
@@ -419,6 +444,10 @@ impl Driver {
                 }
                 prepared
             }
+            Backend::Epoll(epoll) => {
+                epoll.cancel(key);
+                Ok(())
+            }
             #[cfg(test)]
             Backend::Scripted(script) => {
                 script.cancel(key);
@@ -438,6 +467,8 @@ impl Driver {
                 }
                 Some(id)
             }
+            // A receive that waits is a registration already, and no more.
+            Backend::Epoll(_) => None,
             #[cfg(test)]
             Backend::Scripted(_) => None,
         }
@@ -508,6 +539,7 @@ impl Driver {
                 }
                 uring.has_last(id.0)
             }
+            Backend::Epoll(_) => true,
             #[cfg(test)]
             Backend::Scripted(_) => true,
         }
@@ -546,6 +578,8 @@ impl Driver {
                     let _ = uring.prepare_cancel(Key(TAG_EVENTFD), TAG_TIMER, &mut self.counters);
                     uring.enter(false, &mut self.counters);
                 }
+                // A registration goes with its eventfd.
+                Backend::Epoll(_) => {}
                 #[cfg(test)]
                 Backend::Scripted(_) => {}
             }
@@ -562,6 +596,7 @@ impl Driver {
             Backend::Uring(uring) => unsafe {
                 let _ = uring.prepare_tick(&self.tick, TAG_TIMER, &mut self.counters);
             },
+            Backend::Epoll(epoll) => epoll.tick(ns.max(0)),
             #[cfg(test)]
             Backend::Scripted(_) => {}
         }
@@ -592,6 +627,7 @@ impl Driver {
                 }
                 uring.enter(wait, &mut self.counters);
             }
+            Backend::Epoll(epoll) => epoll.enter(wait, &mut self.counters),
             #[cfg(test)]
             Backend::Scripted(script) => script.enter(wait),
         }
@@ -603,6 +639,7 @@ impl Driver {
         loop {
             let (user_data, completion) = match &mut self.backend {
                 Backend::Uring(uring) => uring.next(&mut self.counters)?,
+                Backend::Epoll(epoll) => epoll.next(&mut self.counters)?,
                 #[cfg(test)]
                 Backend::Scripted(script) => script.next()?,
             };
@@ -705,6 +742,8 @@ impl Driver {
                     uring.enter(false, &mut self.counters);
                 }
             }
+            // Here an operation holds no file.
+            Backend::Epoll(_) => {}
             #[cfg(test)]
             Backend::Scripted(_) => {}
         }
@@ -716,6 +755,7 @@ impl Driver {
     pub(crate) fn has_work(&self) -> bool {
         match &self.backend {
             Backend::Uring(uring) => uring.has_unsubmitted() || uring.has_deferred(),
+            Backend::Epoll(epoll) => epoll.has_work(),
             #[cfg(test)]
             Backend::Scripted(script) => script.has_work(),
         }
@@ -726,15 +766,32 @@ impl Driver {
     pub(crate) fn has_completions(&self) -> bool {
         match &self.backend {
             Backend::Uring(uring) => uring.has_completions(),
+            Backend::Epoll(epoll) => epoll.has_completions(),
             #[cfg(test)]
             Backend::Scripted(script) => script.has_work(),
+        }
+    }
+
+    /// Whether the next enter would bring completions, as far as can be seen without entering.
+    pub(crate) fn has_arrivals(&self) -> bool {
+        match &self.backend {
+            Backend::Epoll(epoll) => epoll.has_arrivals(),
+            _ => self.has_completions(),
+        }
+    }
+
+    /// Which backend this is.
+    pub(crate) fn kind(&self) -> DriverKind {
+        match &self.backend {
+            Backend::Epoll(_) => DriverKind::Epoll,
+            _ => DriverKind::Uring,
         }
     }
 
     /// The driver's clock in nanoseconds.
     pub(crate) fn now_ns(&self) -> i64 {
         match &self.backend {
-            Backend::Uring(_) => sys::monotonic_ns(),
+            Backend::Uring(_) | Backend::Epoll(_) => sys::monotonic_ns(),
             #[cfg(test)]
             Backend::Scripted(script) => script.now_ns(),
         }
@@ -744,7 +801,7 @@ impl Driver {
     #[inline(always)]
     pub(crate) fn attempt(&mut self, op: &mut Op<'_>) -> i32 {
         match &mut self.backend {
-            Backend::Uring(_) => op.attempt(),
+            Backend::Uring(_) | Backend::Epoll(_) => op.attempt(),
             #[cfg(test)]
             Backend::Scripted(script) => script.attempt(op),
         }

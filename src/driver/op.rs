@@ -7,6 +7,7 @@
 
 use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
+use std::sync::Mutex;
 
 use crate::address::SockAddr;
 use crate::sys::{self, Incoming, Outgoing, Scatter};
@@ -157,7 +158,7 @@ impl Op<'_> {
                 message,
                 (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
             ),
-            Op::Accept { fd, address } => without_waiting(*fd, || sys::accept4(*fd, address)),
+            Op::Accept { fd, address } => accept(*fd, address),
             Op::Connect { fd, address } => without_waiting(*fd, || sys::connect(*fd, address)),
             Op::Poll { fd, events } => match sys::poll(*fd, *events, 0) {
                 0 => -libc::EAGAIN,
@@ -193,8 +194,13 @@ impl Op<'_> {
 }
 
 /// Makes a call under `O_NONBLOCK`, which ring operations of others on the same file do not mind.
+///
+/// The flag is the file's, so of several such calls in this process only one is made at a time: none may clear the flag that
+/// another goes by. (Another process with the same file could.)
 #[cold]
 pub(crate) fn without_waiting(fd: RawFd, call: impl FnOnce() -> i32) -> i32 {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = sys::lock_after_fork(&ONE_AT_A_TIME);
     let flags = sys::status_flags(fd);
     if flags < 0 || flags & libc::O_NONBLOCK != 0 {
         return call();
@@ -203,6 +209,20 @@ pub(crate) fn without_waiting(fd: RawFd, call: impl FnOnce() -> i32) -> i32 {
     let result = call();
     sys::set_nonblocking(fd, false);
     result
+}
+
+/// accept4(2) that does not wait.
+fn accept(fd: RawFd, address: &mut SockAddr) -> i32 {
+    let flags = sys::status_flags(fd);
+    if flags < 0 || flags & libc::O_NONBLOCK != 0 {
+        return sys::accept4(fd, address);
+    }
+    // Most tries of a listener are in vain, and need not touch the flag. (Nor does that leave a process that shares the listener
+    // much time to clear the flag and take the connection, between the call's look and its own.)
+    if sys::poll(fd, libc::POLLIN, 0) == 0 && sys::is_listening(fd) {
+        return -libc::EAGAIN;
+    }
+    without_waiting(fd, || sys::accept4(fd, address))
 }
 
 #[cfg(test)]

@@ -82,7 +82,8 @@ impl Key {
     /// The key no operation has: its index is a tag's, so no CQE that bears it finds a slot either.
     pub(crate) const NONE: Key = Key(u64::MAX);
 
-    fn index(self) -> usize {
+    /// Its slot.
+    pub(super) fn index(self) -> usize {
         (self.0 & 0xffff_ffff) as usize
     }
 }

@@ -26,12 +26,13 @@
 //! never by descriptor: duplicates and forked children share the open file.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::park::{Parking, Waker};
 use super::remote::{Control, Remote};
 use super::scheduler::Worker;
 use crate::driver::{Key, WatchId};
+use crate::sys;
 
 /// Which of the owner's two fields an operation goes into.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -96,16 +97,8 @@ impl InFlight {
         self.rest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The lock, unless this is a forked child whose parent had it taken just then: nobody will give it back here.
     fn rest_after_fork(&self) -> Option<MutexGuard<'_, Rest>> {
-        for _ in 0..10_000 {
-            match self.rest.try_lock() {
-                Ok(rest) => return Some(rest),
-                Err(TryLockError::Poisoned(rest)) => return Some(rest.into_inner()),
-                Err(TryLockError::WouldBlock) => std::thread::yield_now(),
-            }
-        }
-        None
+        sys::lock_after_fork(&self.rest)
     }
 
     /// Runs a short call that needs the descriptor's flags to stay what they are, or changes them, while no other such call runs.

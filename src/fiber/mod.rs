@@ -74,7 +74,7 @@ use corosensei::{Coroutine, CoroutineResult, Yielder};
 
 use crate::buf::Buf;
 use crate::driver::op::timespec_from_ns;
-use crate::driver::{Bell, Completion, Driver, Full, Key, Op, Timespec, Waiter};
+use crate::driver::{Bell, Completion, Driver, DriverKind, Full, Key, Op, Timespec, Waiter};
 use crate::error::{Error, Result};
 use crate::timeout::Timeout;
 use inflight::{Direction, InFlight};
@@ -302,6 +302,15 @@ pub(crate) fn settle() {
     if let Some(worker) = worker() {
         worker.settle_timers();
     }
+}
+
+/// Whether the file of an operation stays open as long as the operation is under way: on the ring it does.
+fn holds_files() -> bool {
+    let kind = match worker() {
+        Some(worker) => Some(worker.driver.with(|driver| driver.kind())),
+        None => thread::driver(),
+    };
+    kind == Some(DriverKind::Uring)
 }
 
 /// The clock that deadlines are measured by, in nanoseconds.

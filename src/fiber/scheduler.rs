@@ -36,7 +36,9 @@ use super::stack::{STACK_BYTES_MIN, StackPool};
 use super::{AbortOnUnwind, DriverCell, FiberRef, State, interrupt};
 use crate::buf::lease::Pool;
 use crate::driver::features::Features;
-use crate::driver::{Bell, Completion, Driver, Full, Key, Op, SECOND_LOOK, Waiter, WatchId};
+use crate::driver::{
+    Bell, Completion, Driver, DriverKind, Full, Key, Op, SECOND_LOOK, Waiter, WatchId,
+};
 use crate::error::{Error, Result};
 use crate::log::log;
 use crate::metrics::Counts;
@@ -159,10 +161,11 @@ pub(crate) struct Worker {
     turns: Cell<u64>,
     switches: Cell<u64>,
     spawned: Cell<u64>,
-    /// The last turn served more than [`CROWD`] fibers.
+    /// The last turn served more than [`CROWD`] fibers, and there is a ring to go through.
     crowded: Cell<bool>,
     /// It served no more than [`QUIET`].
     quiet: Cell<bool>,
+    crowd: u64,
     direct_calls: Cell<u32>,
     unwaited_calls: Cell<u32>,
     fork_mark: &'static AtomicU32,
@@ -174,6 +177,10 @@ impl Worker {
     pub(crate) fn new(mut driver: Driver, limits: Limits, counts: Arc<Counts>) -> Result<Worker> {
         let bell = driver.bell()?;
         let (remote, mailbox) = Remote::new(bell, limits.spawns_max);
+        let crowd = match driver.kind() {
+            DriverKind::Uring => CROWD,
+            DriverKind::Epoll => u64::MAX,
+        };
         Ok(Worker {
             driver: DriverCell::new(driver),
             current: Cell::new(None),
@@ -199,6 +206,7 @@ impl Worker {
             spawned: Cell::new(0),
             crowded: Cell::new(false),
             quiet: Cell::new(true),
+            crowd,
             direct_calls: Cell::new(0),
             unwaited_calls: Cell::new(0),
             fork_mark: sys::fork_mark(),
@@ -225,7 +233,7 @@ impl Worker {
         self.stacks.borrow_mut()
     }
 
-    /// What the worker's ring found the kernel to offer.
+    /// What the worker's driver found the kernel to offer.
     pub(crate) fn features(&self) -> Features {
         self.driver.with(|driver| driver.features().clone())
     }
@@ -596,7 +604,7 @@ impl Worker {
         self.tell_of_ended();
         self.release_pins();
         let served = self.switches.get() - served_before;
-        self.crowded.set(served > CROWD);
+        self.crowded.set(served > self.crowd);
         self.quiet.set(served <= QUIET);
         self.turns.set(self.turns.get() + 1);
         if self.turns.get().is_multiple_of(PUBLISH_TURNS) {
@@ -637,7 +645,7 @@ impl Worker {
             }
         });
         self.spin
-            .until(|| self.remote.has_mail() || self.driver.with(|driver| driver.has_completions()))
+            .until(|| self.remote.has_mail() || self.driver.with(|driver| driver.has_arrivals()))
     }
 
     fn is_over(&self) -> bool {

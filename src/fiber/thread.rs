@@ -1,8 +1,9 @@
 //! The same calls on a plain thread: a small ring of the thread's own, made with its first call and closed with the thread.
 //!
 //! Between calls that ring is idle: every call waits for its operation's final CQE. One system call submits the operation (and
-//! its deadline) and waits for it. Where no ring can be had (during the thread's teardown, out of memory or descriptors) the
-//! call waits by poll(2) instead, and is counted.
+//! its deadline) and waits for it. Where io_uring is forbidden or too old, or the environment says so, the thread has an epoll
+//! instance instead (`driver/choice.rs`). Where neither can be had (during the thread's teardown, out of memory or
+//! descriptors) the call waits by poll(2), and is counted.
 #![allow(unsafe_code)]
 
 use std::cell::{Cell, RefCell};
@@ -13,13 +14,16 @@ use std::time::Duration;
 use super::inflight::{Direction, InFlight};
 use super::outcome;
 use super::remote::{Control, Mailbox, Remote};
-use crate::driver::op::{TRANSFER_BYTES_MAX, timespec_from_ns};
-use crate::driver::{Completion, Config, Driver, Full, Op, Waiter};
+use crate::driver::op::timespec_from_ns;
+use crate::driver::{Attempt, Completion, Config, Driver, DriverKind, Full, Op, Waiter};
 use crate::error::Result;
 use crate::sys;
 
 /// Without a ring, nobody can interrupt a wait: it looks about itself so often.
 const POLL_SLICE_MS: i64 = 50;
+
+/// How soon a connect is tried again that found a backlog full.
+const RETRY_MS: i64 = 5;
 
 /// Failed enters in a row after which a call whose operation never reached the kernel goes without the ring.
 const ENTERS_REFUSED_MAX: u64 = 16;
@@ -29,7 +33,9 @@ const REFUSED_PAUSE_NS: i64 = 1_000_000_000;
 
 static CALLS_WITHOUT_RING: AtomicU64 = AtomicU64::new(0);
 
-/// How many calls on plain threads had to do without a ring since the process started.
+/// How many calls on plain threads had to do without a ring (or, where epoll is the driver, without an epoll instance) since the
+/// process started: out of memory or of descriptors, in the thread's teardown, or in a process where
+/// [`DriverKind::Uring`](crate::DriverKind) was asked for and is refused. They waited by poll(2).
 ///
 /// ```
 /// let before = ringsock::calls_without_ring();
@@ -68,7 +74,7 @@ pub(super) fn set_deadline_ns(deadline_ns: i64) {
 
 impl ThreadRing {
     fn new() -> Result<Box<ThreadRing>> {
-        let mut driver = Driver::uring(Config::thread())?;
+        let mut driver = Driver::new(Config::thread(), None)?;
         let bell = driver.bell()?;
         let (remote, mailbox) = Remote::new(bell, 0);
         let slot = driver.slots().register(Waiter::MIN);
@@ -177,6 +183,11 @@ fn with_ring<R>(use_ring: impl FnOnce(&mut ThreadRing) -> R) -> Option<R> {
     used.ok().flatten()
 }
 
+/// What drives this thread's calls; `None` where it is poll(2).
+pub(super) fn driver() -> Option<DriverKind> {
+    with_ring(|ring| ring.driver.kind())
+}
+
 /// Drops this thread's ring and what it never submitted.
 fn discard_ring() {
     REFUSED_UNTIL_NS.set(sys::monotonic_ns().saturating_add(REFUSED_PAUSE_NS));
@@ -222,54 +233,29 @@ fn by_readiness(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Dir
         ns if ns < 0 => i64::MAX,
         ns => sys::monotonic_ns().saturating_add(ns),
     };
-    let mut connecting = false;
-    // Of a receive with MSG_WAITALL, which comes piece by piece here, and is cut short only by what ends it.
-    let mut received = 0;
-    let ended = |received, code| if received > 0 { received } else { code };
+    let mut attempt = Attempt::NEW;
+    let mut is_ready = false;
     loop {
-        let res = match op {
-            Op::Connect { fd, .. } if connecting => match sys::poll(*fd, libc::POLLOUT, 0) {
-                0 => -libc::EAGAIN,
-                ready if ready < 0 => ready,
-                _ => return sys::connect_outcome(*fd),
-            },
-            _ => op.attempt(),
-        };
-        match -res {
-            libc::EAGAIN => {}
-            libc::EINPROGRESS => connecting = true,
-            libc::EINTR => continue,
-            ..0 if goes_on(op, res) => {
-                received += res;
-                continue;
-            }
-            ..=0 => return received + res,
-            _ => return ended(received, res),
+        if let Some(res) = attempt.step(op) {
+            return res;
+        }
+        if is_ready && let Some(res) = attempt.at_end(op) {
+            return res;
         }
         if super::is_closed(target) {
-            return ended(received, -libc::EBADF);
+            return attempt.ended(-libc::EBADF);
         }
         let left_ns = deadline_ns.saturating_sub(sys::monotonic_ns());
         if left_ns <= 0 {
-            return ended(received, outcome::TIMED_OUT);
+            return attempt.ended(outcome::TIMED_OUT);
         }
-        let slice_ms = (left_ns / 1_000_000 + 1).min(POLL_SLICE_MS) as i32;
+        let slice_ms = (left_ns / 1_000_000 + 1).min(POLL_SLICE_MS);
         match op.readiness() {
-            Some((fd, events)) => drop(sys::poll(fd, events, slice_ms)),
+            Some((fd, events)) if !attempt.waits_for_time(op) => {
+                is_ready = sys::poll(fd, events, slice_ms as i32) > 0;
+            }
+            Some(_) => std::thread::sleep(Duration::from_millis(slice_ms.min(RETRY_MS) as u64)),
             None => std::thread::sleep(Duration::from_millis(slice_ms as u64)),
         }
     }
-}
-
-/// Whether a receive that brought `received` bytes waits for more; then what is left of its buffer.
-fn goes_on(op: &mut Op<'_>, received: i32) -> bool {
-    let Op::Recv { buffer, flags, .. } = op else {
-        return false;
-    };
-    let (received, wanted) = (received as usize, buffer.len().min(TRANSFER_BYTES_MAX));
-    if *flags & libc::MSG_WAITALL == 0 || received >= wanted {
-        return false;
-    }
-    *buffer = &mut std::mem::take(buffer)[received..wanted];
-    true
 }

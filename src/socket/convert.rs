@@ -12,7 +12,7 @@ use crate::constants::{
     SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET,
 };
 use crate::error::{Error, Result};
-use crate::fiber::{inflight, watch};
+use crate::fiber::{inflight, ready, watch};
 use crate::sys;
 
 impl Socket {
@@ -172,6 +172,7 @@ impl Socket {
         let fd = self.0.fd;
         inflight::close(&self.0, || {
             if let Ok(tombstone) = sys::tombstone() {
+                ready::keep_for_waits(fd);
                 sys::bury(fd, tombstone);
             }
         })

@@ -10,6 +10,19 @@ pub fn on_both(test: fn()) {
     ringsock::run(test);
 }
 
+/// Whether the environment has everything run on epoll.
+pub fn on_epoll() -> bool {
+    std::env::var("RINGSOCK_DRIVER").is_ok_and(|driver| driver == "epoll")
+}
+
+/// Whether a test, or a part of one, is to be left out because it is about the ring: says so, and why.
+pub fn skipped_on_epoll(why: &str) -> bool {
+    if on_epoll() {
+        println!("skipped: RINGSOCK_DRIVER=epoll: {why}");
+    }
+    on_epoll()
+}
+
 /// Starts what the test talks with: on a thread of its own, so that it runs whatever the test does.
 pub fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Beside<T> {
     let (result, results) = mpsc::channel();

@@ -11,6 +11,8 @@ use super::proxy;
 pub const OURS: &str = "ringsock";
 /// Ours, receiving into buffers that the worker lends.
 pub const OUR_LEASES: &str = "ringsock lease";
+/// Ours, over its epoll driver: what it differs by from ours is what the ring itself buys.
+pub const OUR_EPOLL: &str = "ringsock epoll-driver";
 /// Epoll as one would write it by hand: level-triggered, edge-triggered, and for datagrams with recvmmsg and sendmmsg, without and
 /// with UDP_GRO and UDP_SEGMENT. The best of them in a cell is what others are compared to.
 pub const EPOLLS: [&str; 4] = ["epoll", "epoll edge", "epoll mmsg", "epoll gro"];
@@ -98,6 +100,7 @@ pub fn all(root: &Path, peers: Option<&Path>) -> io::Result<(Vec<Contender>, Vec
     let mut contenders = vec![
         Contender::new(Main, OURS, &["ringsock"])?,
         Contender::new(Main, OUR_LEASES, &["ringsock-lease"])?,
+        Contender::new(Main, OUR_EPOLL, &["ringsock", "--driver", "epoll"])?,
         Contender::new(Main, epoll, &["epoll"])?,
         Contender::new(Main, AGAIN, &["epoll"])?,
         Contender::new(Main, edge, &["epoll", "--edge"])?,

@@ -3,7 +3,7 @@
 use std::io;
 
 use super::cells::{Cell, Family, Kind, Lineup};
-use super::contenders::{AGAIN, EPOLLS, LIMITS, OUR_LEASES, OURS};
+use super::contenders::{AGAIN, EPOLLS, LIMITS, OUR_EPOLL, OUR_LEASES, OURS};
 use super::json::{CellResult, ContenderResult, Run};
 use super::proxy;
 use super::stats::{self, Ratio, Tolerance, Verdict, judge, median, minimum};
@@ -298,7 +298,7 @@ fn rivals(run: &Run) -> Vec<String> {
     let mut names = names(run, Lineup::Main);
     names.retain(|name| {
         let name = name.as_str();
-        let ours = name == OURS || name == OUR_LEASES;
+        let ours = [OURS, OUR_LEASES, OUR_EPOLL].contains(&name);
         !ours && name != AGAIN && !EPOLLS.contains(&name) && !LIMITS.contains(&name)
     });
     names

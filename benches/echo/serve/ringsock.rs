@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use ringsock::prelude::*;
-use ringsock::{CreateServer, Datagrams, Runtime, ServeOptions};
+use ringsock::{CreateServer, Datagrams, DriverKind, Runtime, ServeOptions};
 
 use super::fanout::Fanout;
 use super::{ListenArgs, cannot};
@@ -25,12 +25,26 @@ pub struct RingsockArgs {
     /// Look for completions for so long before sleeping.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     spin: u64,
+    /// What carries out the operations.
+    #[arg(long, value_name = "uring|epoll", default_value = "uring")]
+    driver: DriverName,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DriverName {
+    Uring,
+    Epoll,
 }
 
 /// Serves until a signal ends the process: a fiber for each connection, all on one worker, which is the main thread.
 pub fn serve(args: RingsockArgs) -> io::Result<()> {
+    let driver = match args.driver {
+        DriverName::Uring => DriverKind::Uring,
+        DriverName::Epoll => DriverKind::Epoll,
+    };
     let runtime = Runtime::builder()
         .workers(1)
+        .driver(driver)
         .spin(Duration::from_micros(args.spin));
     let args = args.listen;
     let served = runtime.run(move || match (args.udp, args.fanout) {
