@@ -394,6 +394,17 @@ fn connections_beyond_the_descriptor_limit_wait_for_their_turn() {
     for (number, stream) in streams.iter_mut().enumerate() {
         stream.write_all(&message(number)).expect("sending");
     }
+    // Only what is left open takes room, so nothing is read before there is none.
+    let open = format!("/proc/{}/fd", server.process.pid());
+    let is_below = |name: &std::ffi::OsStr| {
+        let number = name.to_str().and_then(|name| name.parse().ok());
+        number.is_some_and(|number: usize| number < LIMIT)
+    };
+    eventually("every descriptor is taken", || {
+        let names = std::fs::read_dir(&open).expect("a running process");
+        let names = names.filter_map(|entry| Some(entry.ok()?.file_name()));
+        names.filter(|name| is_below(name)).count() == LIMIT
+    });
     // The first in the queue are the first served, and each makes room for another.
     for (number, mut stream) in streams.into_iter().enumerate() {
         let mut back = [0; 64];
