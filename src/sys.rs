@@ -614,13 +614,6 @@ fn socket_filter(fd: RawFd, value: &mut [u8]) -> i32 {
     }
 }
 
-/// Whether the address is one of AF_INET or AF_INET6.
-pub(crate) fn is_ip(address: &SockAddr) -> bool {
-    // SAFETY: a SockAddr is a whole, initialised `struct sockaddr_storage`.
-    let family = unsafe { (*address.as_ptr()).sa_family };
-    matches!(i32::from(family), libc::AF_INET | libc::AF_INET6)
-}
-
 /// What became of a connect that was under way (`SO_ERROR`): 0, or why it failed.
 pub(crate) fn connect_outcome(fd: RawFd) -> i32 {
     let mut value = [0u8; 4];

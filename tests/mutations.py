@@ -59,8 +59,8 @@ MUTATIONS = [
     (
         "1 an interrupt resumes without the final completion",
         "src/fiber/scheduler.rs",
-        "            State::InOperation => self.cancel(fiber.key.get()),\n            State::Parked => {\n                self.end_wait(fiber.key.get());",
-        "            State::InOperation | State::Parked => {\n                self.end_wait(fiber.key.get());",
+        "            State::InOperation | State::Watching => self.cancel(fiber.key.get()),\n            State::Parked => {\n                self.end_wait(fiber.key.get());",
+        "            State::Watching => self.cancel(fiber.key.get()),\n            State::InOperation | State::Parked => {\n                self.end_wait(fiber.key.get());",
         lib(*SIMULATION),
     ),
     (
@@ -119,8 +119,8 @@ MUTATIONS = [
     (
         "4 a closed socket keeps its number",
         "src/socket/mod.rs",
-        "        if self.fd >= 0 {\n            sys::close(self.fd);",
-        "        if self.fd >= 0 && !self.inflight.is_closed() {\n            sys::close(self.fd);",
+        "            fiber::watch::end(&self.inflight);\n            sys::close(self.fd);",
+        "            fiber::watch::end(&self.inflight);\n            if !self.inflight.is_closed() {\n                sys::close(self.fd);\n            }",
         test("close", "every_round_of_opening_and_closing_gives_its_descriptors_back"),
     ),
     (
@@ -157,8 +157,8 @@ MUTATIONS = [
     (
         "7 close does not cancel what its own worker has in flight",
         "src/fiber/inflight.rs",
-        "            worker.cancel(Key(key.load(Ordering::Relaxed)));",
-        "            let _ = (worker, key);",
+        "        worker.cancel(Key(key.load(Ordering::Relaxed)));",
+        "        let _ = key;",
         test("close", "close_from_anywhere_wakes_every_blocked_call"),
     ),
     (
@@ -181,6 +181,27 @@ MUTATIONS = [
         "        libc::ECANCELED | libc::EINTR if is_closed(target) => -libc::EBADF,",
         "        libc::ECANCELED | libc::EINTR if is_closed(target) && timeout_ns == 7 => -libc::EBADF,",
         test("close", "close_from_anywhere_wakes_every_blocked_call"),
+    ),
+    (
+        "7 a socket that is dropped stays watched",
+        "src/socket/mod.rs",
+        "            fiber::watch::end(&self.inflight);\n",
+        "",
+        test("watched", "dropping_the_last_handle_tells_the_peer_on_any_thread"),
+    ),
+    (
+        "7 a socket that is closed stays watched",
+        "src/fiber/inflight.rs",
+        "    if let Some(id) = inflight.watch() {\n        if worker.end_watch(id) {",
+        "    if let Some(id) = inflight.watch().filter(|_| false) {\n        if worker.end_watch(id) {",
+        test("watched", "closing_wakes_who_waits_and_tells_the_peer"),
+    ),
+    (
+        "2 nobody looks again after a short receive",
+        "src/driver/watch.rs",
+        "        self.wants_look |= !watch.seen_empty;\n",
+        "",
+        test("watched", "what_follows_on_urgent_data_comes_at_the_second_look"),
     ),
     (
         "8 a blocking connect does not wait for an earlier one",
@@ -295,8 +316,8 @@ MUTATIONS = [
     (
         "18 a plain send raises SIGPIPE",
         "src/driver/op.rs",
-        "            Op::Send { fd, buffer, flags } => sys::send(\n                *fd,\n                buffer,\n                (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,",
-        "            Op::Send { fd, buffer, flags } => sys::send(\n                *fd,\n                buffer,\n                (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT,",
+        "            } => sys::send(\n                *fd,\n                buffer,\n                (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,",
+        "            } => sys::send(\n                *fd,\n                buffer,\n                (*flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT,",
         test("hazards", "no_way_to_send_raises_sigpipe"),
     ),
     (

@@ -14,7 +14,6 @@
 use std::os::fd::RawFd;
 
 use super::op::{Op, TRANSFER_BYTES_MAX};
-use crate::address::SockAddr;
 use crate::sys;
 
 /// How far an operation has come.
@@ -22,6 +21,8 @@ use crate::sys;
 pub(crate) struct Attempt {
     /// A connect is under way.
     connecting: bool,
+    /// What an earlier connect left has been cleared away.
+    cleared: bool,
     /// Bytes moved so far, where MSG_WAITALL asks for more.
     moved: u32,
 }
@@ -29,6 +30,7 @@ pub(crate) struct Attempt {
 impl Attempt {
     pub(crate) const NEW: Attempt = Attempt {
         connecting: false,
+        cleared: false,
         moved: 0,
     };
 
@@ -42,7 +44,7 @@ impl Attempt {
     pub(crate) fn step(&mut self, op: &mut Op<'_>) -> Option<i32> {
         loop {
             let result = match *op {
-                Op::Connect { fd, address } if self.connecting => connected(op, fd, address),
+                Op::Connect { fd, .. } if self.connecting => connected(op, fd),
                 _ if self.moved > 0 => op.attempt_rest(self.moved as usize),
                 _ => op.attempt(),
             };
@@ -51,6 +53,11 @@ impl Attempt {
                 libc::EINPROGRESS if matches!(op, Op::Connect { .. }) => {
                     self.connecting = true;
                     return None;
+                }
+                // What is left of an earlier connect that failed: this call has cleared it away, and the next one starts anew. (The
+                // ring's does both.)
+                libc::ECONNABORTED if matches!(op, Op::Connect { .. }) && !self.cleared => {
+                    self.cleared = true;
                 }
                 libc::EINTR => {}
                 ..0 if op.wants_more_than(self.moved as usize + result as usize) => {
@@ -86,19 +93,17 @@ impl Attempt {
 
 /// What a connect under way has come to; `-EAGAIN` if it goes on.
 ///
-/// In the families of IP another connect(2) tells, and has the socket know: that it is connected (the next one is told `EISCONN`),
-/// or that it is not and may connect again. In others a failure is in `SO_ERROR`, and another connect(2) would start anew.
-fn connected(op: &mut Op<'_>, fd: RawFd, address: &SockAddr) -> i32 {
+/// A failure is in `SO_ERROR`, and the socket stays as it left it; without one another connect(2) has the socket know that it is
+/// connected (the next one is told `EISCONN`).
+fn connected(op: &mut Op<'_>, fd: RawFd) -> i32 {
     match sys::poll(fd, libc::POLLOUT, 0) {
         0 => return -libc::EAGAIN,
         error if error < 0 => return error,
         _ => {}
     }
-    if !sys::is_ip(address) {
-        let outcome = sys::connect_outcome(fd);
-        if outcome < 0 {
-            return outcome;
-        }
+    let outcome = sys::connect_outcome(fd);
+    if outcome < 0 {
+        return outcome;
     }
     match op.attempt() {
         again if matches!(-again, libc::EALREADY | libc::EINPROGRESS) => -libc::EAGAIN,

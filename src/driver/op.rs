@@ -212,13 +212,10 @@ pub(crate) fn without_waiting(fd: RawFd, call: impl FnOnce() -> i32) -> i32 {
 }
 
 /// accept4(2) that does not wait.
+///
+/// A look comes first, whatever the flag says: another thread may change the mode, and clear the flag, between a look at it and the
+/// call. (What is left is that and another acceptor that takes the connection, both in between the look and the call.)
 fn accept(fd: RawFd, address: &mut SockAddr) -> i32 {
-    let flags = sys::status_flags(fd);
-    if flags < 0 || flags & libc::O_NONBLOCK != 0 {
-        return sys::accept4(fd, address);
-    }
-    // Most tries of a listener are in vain, and need not touch the flag. (Nor does that leave a process that shares the listener
-    // much time to clear the flag and take the connection, between the call's look and its own.)
     if sys::poll(fd, libc::POLLIN, 0) == 0 && sys::is_listening(fd) {
         return -libc::EAGAIN;
     }
