@@ -77,7 +77,9 @@ impl Attempt {
         let (Op::Recv { fd, .. } | Op::RecvMsg { fd, .. }) = op else {
             return None;
         };
-        let is_shut = sys::poll(*fd, libc::POLLRDHUP, 0) & i32::from(libc::POLLRDHUP) != 0;
+        let told = sys::poll(*fd, libc::POLLRDHUP, 0);
+        // A signal makes it an error, which has every bit.
+        let is_shut = told > 0 && told & i32::from(libc::POLLRDHUP) != 0;
         is_shut.then(|| self.ended(0))
     }
 

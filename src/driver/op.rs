@@ -193,14 +193,14 @@ impl Op<'_> {
     }
 }
 
+/// Held while a call goes by `O_NONBLOCK` and while anybody in this process clears it. (Another process with the same file could
+/// clear it all the same.)
+static GOES_BY_FLAG: Mutex<()> = Mutex::new(());
+
 /// Makes a call under `O_NONBLOCK`, which ring operations of others on the same file do not mind.
-///
-/// The flag is the file's, so of several such calls in this process only one is made at a time: none may clear the flag that
-/// another goes by. (Another process with the same file could.)
 #[cold]
 pub(crate) fn without_waiting(fd: RawFd, call: impl FnOnce() -> i32) -> i32 {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _guard = sys::lock_after_fork(&ONE_AT_A_TIME);
+    let _guard = sys::lock_after_fork(&GOES_BY_FLAG);
     let flags = sys::status_flags(fd);
     if flags < 0 || flags & libc::O_NONBLOCK != 0 {
         return call();
@@ -211,11 +211,26 @@ pub(crate) fn without_waiting(fd: RawFd, call: impl FnOnce() -> i32) -> i32 {
     result
 }
 
+/// Sets or clears `O_NONBLOCK`, as a socket's mode asks for.
+pub(crate) fn set_nonblocking(fd: RawFd, nonblocking: bool) -> i32 {
+    if nonblocking {
+        return sys::set_nonblocking(fd, true);
+    }
+    let _guard = sys::lock_after_fork(&GOES_BY_FLAG);
+    sys::set_nonblocking(fd, false)
+}
+
 /// accept4(2) that does not wait.
-///
-/// A look comes first, whatever the flag says: another thread may change the mode, and clear the flag, between a look at it and the
-/// call. (What is left is that and another acceptor that takes the connection, both in between the look and the call.)
 fn accept(fd: RawFd, address: &mut SockAddr) -> i32 {
+    {
+        let _guard = sys::lock_after_fork(&GOES_BY_FLAG);
+        let flags = sys::status_flags(fd);
+        if flags < 0 || flags & libc::O_NONBLOCK != 0 {
+            return sys::accept4(fd, address);
+        }
+    }
+    // Most tries of a listener are in vain, and need not touch the flag. (Nor does that leave a process that shares the listener
+    // much time to clear the flag and take the connection, between the call's look and its own.)
     if sys::poll(fd, libc::POLLIN, 0) == 0 && sys::is_listening(fd) {
         return -libc::EAGAIN;
     }

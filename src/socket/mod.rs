@@ -57,7 +57,7 @@ use crate::constants::{
     SOCK_NONBLOCK, SOCK_STREAM,
 };
 use crate::driver::Op;
-use crate::driver::op::timespec_from_ns;
+use crate::driver::op::{self, timespec_from_ns};
 use crate::error::{Error, Result};
 use crate::fiber::inflight::{Direction, InFlight};
 use crate::fiber::{self, error_from_outcome, outcome};
@@ -1247,7 +1247,7 @@ impl Socket {
         }
         // With the flag, so that whoever sets the flag back for a while sees what it is to be.
         let set_flag = || {
-            let result = sys::set_nonblocking(self.0.fd, timeout_ns != BLOCKING);
+            let result = op::set_nonblocking(self.0.fd, timeout_ns != BLOCKING);
             store();
             result
         };
@@ -1471,7 +1471,7 @@ impl Socket {
 
     /// Lets `O_NONBLOCK` follow the mode again, as it is by now.
     pub(crate) fn unforce_nonblocking(&self) {
-        let follow = || sys::set_nonblocking(self.0.fd, self.timeout_ns() >= NON_BLOCKING);
+        let follow = || op::set_nonblocking(self.0.fd, self.timeout_ns() >= NON_BLOCKING);
         self.0.inflight.exclusively(follow);
     }
 
