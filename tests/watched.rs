@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ringsock::prelude::*;
-use ringsock::{Handle, Runtime, send_fds, sleep, socketpair, spawn};
+use ringsock::{DriverKind, Handle, Runtime, send_fds, sleep, socketpair, spawn};
 
 use support::{Beside, Random, beside, checked, errno, seed, tcp_pair};
 
@@ -22,8 +22,17 @@ fn watches() -> u64 {
     Handle::current().unwrap().metrics()[0].watches
 }
 
+/// Whether the calling fiber's worker can watch: the epoll driver has no standing polls, and there the tests are of the usual way.
+fn can_watch() -> bool {
+    Handle::current().unwrap().driver() == DriverKind::Uring
+}
+
 /// Has `right` wait for what `left` sends until it is watched.
 fn have_watched(left: &Socket, right: &Socket) {
+    if !can_watch() {
+        println!("not watched: the epoll driver has no standing polls");
+        return;
+    }
     let before = watches();
     for n in 0..100u8 {
         if watches() > before {
@@ -84,6 +93,9 @@ fn a_lone_connection_is_watched_and_one_that_comes_and_goes_is_not() {
             once.join().unwrap().unwrap();
             assert_eq!(watches(), 0);
             have_watched(&left, &right);
+            if !can_watch() {
+                return;
+            }
             let before = Handle::current().unwrap().metrics()[0];
             for _ in 0..100 {
                 let waiting = wait_in_fiber(&right);
