@@ -48,7 +48,7 @@ use std::panic::resume_unwind;
 use std::rc::Rc;
 
 use crate::constants::{AF_INET, AF_INET6, SHUT_WR, SOCK_STREAM};
-use crate::driver::Op;
+use crate::driver::{Limit, Op};
 use crate::error::{Error, Result};
 use crate::fiber::fellow::Fellow;
 use crate::fiber::inflight::Direction;
@@ -431,7 +431,7 @@ impl Pair {
             if found_nothing {
                 watched.found_nothing();
             }
-            match watched.events() {
+            match watched.events(&mut Limit::none()) {
                 Ok(events) => {
                     if events & libc::POLLERR as u32 != 0 {
                         self.discard_reports(side);

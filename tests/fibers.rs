@@ -1272,10 +1272,12 @@ fn a_receive_that_fails_at_once_does_so_however_little_its_fiber_received_before
         listener.bind(("127.0.0.1", 0)).unwrap();
         listener.listen(1).unwrap();
         listener.settimeout(10).unwrap();
-        // After each of these the fiber expects less.
-        for _ in 0..5 {
+        // After each of these the fiber expects less, and the socket has waited once more.
+        for _ in 0..10 {
             assert_eq!(right.recv_into(&mut [0; 8]), Err(Error::Timeout));
             let received = listener.recv_into(&mut [0; 8]);
+            assert_eq!(received.unwrap_err().errno(), Some(libc::ENOTCONN));
+            let received = listener.recv(8);
             assert_eq!(received.unwrap_err().errno(), Some(libc::ENOTCONN));
         }
         drop(left);

@@ -204,6 +204,20 @@ MUTATIONS = [
         test("watched", "what_follows_on_urgent_data_comes_at_the_second_look"),
     ),
     (
+        "2 a wait for an event has no end",
+        "src/driver/watch.rs",
+        "        watch.end_ns = end_ns;\n",
+        "        watch.end_ns = i64::MAX;\n",
+        test("watched", "timeouts_are_kept_without_operations"),
+    ),
+    (
+        "2 a check for waits whose time is over is not repeated",
+        "src/driver/watch.rs",
+        "                self.soonest_ns = self.soonest_ns.min(watch.end_ns);\n            }",
+        "            }",
+        test("watched", "each_connection_times_out_on_its_own"),
+    ),
+    (
         "8 a blocking connect does not wait for an earlier one",
         "src/socket/mod.rs",
         "Err(error) if error.errno() == Some(libc::EALREADY) && timeout_ns < 0 => {",

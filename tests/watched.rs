@@ -390,6 +390,104 @@ fn cancel_deadline_timeout_and_shutdown_end_the_wait() {
     });
 }
 
+/// Receives with a timeout wait by the watch, too, and no operation with a timer is left on the ring.
+#[test]
+fn timeouts_are_kept_without_operations() {
+    with_pairs(|left, right| {
+        let watches_before = watches();
+        let before = Handle::current().unwrap().metrics()[0];
+        right.settimeout(60.0).unwrap();
+        for _ in 0..50 {
+            let waiting = wait_in_fiber(&right);
+            left.sendall(b"ping").unwrap();
+            assert_eq!(waiting.join().unwrap().unwrap(), b"ping");
+        }
+        assert_eq!(watches(), watches_before);
+        let after = Handle::current().unwrap().metrics()[0];
+        // The sleeps are operations.
+        let operations = after.operations - before.operations;
+        assert!(
+            !can_watch() || (50..80).contains(&operations),
+            "{operations}"
+        );
+        // A sooner one beside the one of a minute, several of them close together, and one after another.
+        let mut buffer = [0; 8];
+        for timeout in [0.03, 0.001, 0.0301, 0.05, 0.002] {
+            right.settimeout(timeout).unwrap();
+            let start = Instant::now();
+            let received = right.recv_into(&mut buffer);
+            let seconds = start.elapsed().as_secs_f64();
+            assert_eq!(received, Err(Error::Timeout));
+            assert!(seconds > timeout - 0.001, "{seconds} of {timeout}");
+            assert!(seconds < timeout + 0.5, "{seconds} of {timeout}");
+        }
+        // What has come is received, whatever the time.
+        right.settimeout(0.001).unwrap();
+        left.sendall(b"there").unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(right.recv(10).unwrap(), b"there");
+        assert_eq!(right.recv(10), Err(Error::Timeout));
+    });
+}
+
+/// Many timeouts of many connections, each after its own time and none before.
+#[test]
+fn each_connection_times_out_on_its_own() {
+    checked(|| {
+        ringsock::run(|| {
+            let pairs: Vec<_> = (0..50).map(|_| socketpair().unwrap()).collect();
+            for (left, right) in pairs.iter().take(3) {
+                have_watched(left, right);
+            }
+            let waits: Vec<_> = (pairs.iter().enumerate())
+                .map(|(n, (_, right))| {
+                    let right = right.clone();
+                    spawn(move || {
+                        let timeout = 0.005 + 0.002 * ((n * 7) % 20) as f64;
+                        right.settimeout(timeout).unwrap();
+                        // With these, every connection comes to be watched, unless too many run at once.
+                        for _ in 0..6 {
+                            let start = Instant::now();
+                            assert_eq!(right.recv(1), Err(Error::Timeout));
+                            let seconds = start.elapsed().as_secs_f64();
+                            assert!(seconds > timeout - 0.001, "{seconds} of {timeout}");
+                            assert!(seconds < timeout + 0.5, "{seconds} of {timeout}");
+                        }
+                    })
+                })
+                .collect();
+            for wait in waits {
+                wait.join().unwrap();
+            }
+            // Traffic and timeouts by turns: the sender's pauses lie around the receiver's limit, and no byte is lost.
+            let (left, right) = &pairs[0];
+            let (left, right) = (left.clone(), right.clone());
+            let sender = spawn(move || {
+                let mut random = Random::new(seed());
+                for n in 0..500u32 {
+                    sleep(0.0001 * random.below(20) as f64).unwrap();
+                    left.sendall(&n.to_be_bytes()).unwrap();
+                }
+                left.close().unwrap();
+            });
+            right.settimeout(0.001).unwrap();
+            let (mut got, mut timeouts) = (Vec::new(), 0);
+            loop {
+                match right.recv(64) {
+                    Ok(end) if end.is_empty() => break,
+                    Ok(part) => got.extend_from_slice(&part),
+                    Err(Error::Timeout) => timeouts += 1,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            sender.join().unwrap();
+            let sent: Vec<u8> = (0..500u32).flat_map(u32::to_be_bytes).collect();
+            assert!(got == sent, "{} of {} bytes", got.len(), sent.len());
+            assert!(timeouts > 0);
+        });
+    });
+}
+
 #[test]
 fn two_fibers_two_workers_and_a_thread_share_what_comes() {
     checked(|| {

@@ -52,7 +52,7 @@ pub use choice::DriverKind;
 pub(crate) use op::{Op, Timespec};
 pub(crate) use slab::{Completion, Key, Waiter};
 pub(crate) use uring::Full;
-pub(crate) use watch::{SECOND_LOOK, Told, WatchId};
+pub(crate) use watch::{Limit, SECOND_LOOK, Told, WatchId};
 
 use crate::error::Result;
 use crate::sys;
@@ -60,8 +60,8 @@ use ::slab::Slab;
 use epoll::Epoll;
 use features::Features;
 use slab::{
-    Slots, TAG_CANCEL, TAG_EVENTFD, TAG_FIRST, TAG_LINKED, TAG_LOOK, TAG_MESSAGE, TAG_RETRY,
-    TAG_TIMER,
+    Slots, TAG_CANCEL, TAG_CHECK, TAG_EVENTFD, TAG_FIRST, TAG_LINKED, TAG_LOOK, TAG_MESSAGE,
+    TAG_RETRY, TAG_TIMER,
 };
 use uring::Uring;
 use watch::{WATCH_FIRST, Watches};
@@ -172,6 +172,11 @@ pub(crate) struct Driver {
     /// The timer of the next look at the waits for events is on its way, or has fired.
     look_armed: bool,
     look_due: bool,
+    /// When the timer of the next check for waits whose time is over fires (`i64::MAX`: it is not set), and whether it has.
+    check_ns: i64,
+    check_due: bool,
+    /// What the check's timer lends to the kernel.
+    check: Box<Timespec>,
     /// What `tick` lends to the kernel.
     tick: Box<Timespec>,
     /// The CQEs of linked timers are wanted (see `Config::awaits_timers`), and so many are on their way.
@@ -215,7 +220,7 @@ impl Driver {
     fn over(backend: Backend, awaits_timers: bool) -> Driver {
         Driver {
             slots: Slots::new(),
-            watches: Watches::default(),
+            watches: Watches::new(),
             counters: Counters::default(),
             backend,
             eventfd: None,
@@ -226,6 +231,9 @@ impl Driver {
             retry_armed: false,
             look_armed: false,
             look_due: false,
+            check_ns: i64::MAX,
+            check_due: false,
+            check: Box::new(Timespec::new()),
             tick: Box::new(Timespec::new()),
             awaits_timers,
             timers: 0,
@@ -480,10 +488,12 @@ impl Driver {
         self.watches.keep_events(id, events);
     }
 
-    /// What a watch has told since the last time, or else a wait of the slot that ends with the watch's next event.
+    /// What a watch has told since the last time, or else a wait of the slot that ends with the watch's next event, or with
+    /// `limit`.
     #[inline(always)]
-    pub(crate) fn events_or_wait(&mut self, id: WatchId, slot: u32) -> Told {
-        self.watches.events_or_wait(id, || self.slots.begin(slot))
+    pub(crate) fn events_or_wait(&mut self, id: WatchId, slot: u32, limit: &mut Limit) -> Told {
+        let begin = || self.slots.begin(slot);
+        self.watches.events_or_wait(id, limit, begin)
     }
 
     /// Somebody has seen that there is nothing of what the watch tells of.
@@ -492,23 +502,35 @@ impl Driver {
         self.watches.found_nothing(id);
     }
 
-    /// When it is time for a look: who is to look again. Mostly nobody.
+    /// Who waits for an event and is not to wait any longer: for a second look, or (`-ETIME`) since its time is over. Mostly nobody.
     #[inline(always)]
-    pub(crate) fn look(&mut self) -> Vec<Waiter> {
-        if !self.look_due {
+    pub(crate) fn overdue(&mut self) -> Vec<(Waiter, i32)> {
+        if !self.look_due && !self.check_due {
             return Vec::new();
         }
-        self.look_again()
+        self.look_and_check()
     }
 
     #[cold]
     #[inline(never)]
-    fn look_again(&mut self) -> Vec<Waiter> {
-        self.look_due = false;
-        self.look_armed = false;
+    fn look_and_check(&mut self) -> Vec<(Waiter, i32)> {
+        const LOOK_AGAIN: i32 = SECOND_LOOK as i32;
+        let mut due = Vec::new();
+        if std::mem::take(&mut self.look_due) {
+            self.look_armed = false;
+            due.extend(self.watches.look().into_iter().map(|key| (key, LOOK_AGAIN)));
+        }
+        if std::mem::take(&mut self.check_due) {
+            let over = self.watches.check(sys::monotonic_ns()).into_iter();
+            due.extend(over.map(|(key, seen_empty)| {
+                let code = if seen_empty { -libc::ETIME } else { LOOK_AGAIN };
+                (key, code)
+            }));
+        }
         // One that ended otherwise has a fiber that has not come to say so.
-        let due = self.watches.look().into_iter();
-        due.filter_map(|key| self.slots.end_wait(key)).collect()
+        due.into_iter()
+            .filter_map(|(key, code)| Some((self.slots.end_wait(key)?, code)))
+            .collect()
     }
 
     /// The wait `key` for an event has ended otherwise.
@@ -625,6 +647,20 @@ impl Driver {
                     let armed = unsafe { uring.prepare_tick(&LOOK, TAG_LOOK, &mut self.counters) };
                     self.look_armed = armed.is_ok();
                 }
+                if self.watches.soonest_ns() < self.check_ns {
+                    let soonest_ns = self.watches.soonest_ns();
+                    let left_ns = soonest_ns.saturating_sub(sys::monotonic_ns());
+                    *self.check = op::timespec_from_ns(left_ns.max(0));
+                    let is_set = self.check_ns != i64::MAX;
+                    // SAFETY: the box lives as long as the ring. It is written again before the next enter only if this one
+                    // submitted nothing, and then with a time that is as soon or sooner.
+                    #[allow(unsafe_code)]
+                    let set =
+                        unsafe { uring.prepare_check(&self.check, is_set, &mut self.counters) };
+                    if set.is_ok() {
+                        self.check_ns = soonest_ns;
+                    }
+                }
                 uring.enter(wait, &mut self.counters);
             }
             Backend::Epoll(epoll) => epoll.enter(wait, &mut self.counters),
@@ -698,6 +734,10 @@ impl Driver {
             }
             TAG_LINKED => self.timers -= 1,
             TAG_LOOK => self.look_due = true,
+            TAG_CHECK => {
+                self.check_due = true;
+                self.check_ns = i64::MAX;
+            }
             TAG_RETRY => {
                 self.retry_armed = false;
                 for key in std::mem::take(&mut self.missed) {
@@ -749,12 +789,16 @@ impl Driver {
         }
     }
 
-    /// Whether something is at hand or queued that makes the next enter worth while without waiting: SQEs to submit,
+    /// Whether something is at hand or queued that makes the next enter worth while without waiting: SQEs to submit, timers to set,
     /// completions to post.
     #[inline]
     pub(crate) fn has_work(&self) -> bool {
         match &self.backend {
-            Backend::Uring(uring) => uring.has_unsubmitted() || uring.has_deferred(),
+            Backend::Uring(uring) => {
+                let wants_look = self.watches.wants_look() && !self.look_armed;
+                let wants_check = self.watches.soonest_ns() < self.check_ns;
+                uring.has_unsubmitted() || uring.has_deferred() || wants_look || wants_check
+            }
             Backend::Epoll(epoll) => epoll.has_work(),
             #[cfg(test)]
             Backend::Scripted(script) => script.has_work(),

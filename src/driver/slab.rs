@@ -69,6 +69,8 @@ pub(crate) const TAG_MESSAGE: u64 = TAG_FIRST as u64 + 3;
 pub(crate) const TAG_LINKED: u64 = TAG_FIRST as u64 + 6;
 /// It is time for a look at the waits for events.
 pub(crate) const TAG_LOOK: u64 = TAG_FIRST as u64 + 7;
+/// It is time to end waits for events whose time is over.
+pub(crate) const TAG_CHECK: u64 = TAG_FIRST as u64 + 8;
 /// It is time to repeat the cancels that missed.
 pub(crate) const TAG_RETRY: u64 = TAG_FIRST as u64 + 5;
 /// The poll of the wake-up eventfd.

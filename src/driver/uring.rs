@@ -24,7 +24,7 @@ use io_uring::{IoUring, Probe, opcode, squeue, types};
 use super::features::{self, Features};
 use super::op::{OPS, Op, TRANSFER_BYTES_MAX, Timespec};
 use super::queues::{self, Queues};
-use super::slab::{Completion, Key, TAG_EVENTFD, TAG_TIMER, TAG_WAKE};
+use super::slab::{Completion, Key, TAG_CHECK, TAG_EVENTFD, TAG_TIMER, TAG_WAKE};
 use super::watch::WatchId;
 use super::{Config, Counters};
 use crate::error::{Error, Result};
@@ -492,6 +492,28 @@ impl Uring {
         counters: &mut Counters,
     ) -> std::result::Result<(), Full> {
         let entry = opcode::Timeout::new(duration).build().user_data(tag);
+        self.push(entry, counters)
+    }
+
+    /// Sets the timer whose CQE bears [`TAG_CHECK`], or, if it is set, has it fire after `duration` instead.
+    ///
+    /// # Safety
+    ///
+    /// As of [`prepare_tick`](Uring::prepare_tick).
+    pub(crate) unsafe fn prepare_check(
+        &mut self,
+        duration: &Timespec,
+        is_set: bool,
+        counters: &mut Counters,
+    ) -> std::result::Result<(), Full> {
+        if !is_set {
+            // SAFETY: the caller's promise.
+            return unsafe { self.prepare_tick(duration, TAG_CHECK, counters) };
+        }
+        // One that has fired just now is not found; its CQE is there, and it is set again.
+        let entry = opcode::TimeoutUpdate::new(TAG_CHECK, duration)
+            .build()
+            .user_data(TAG_TIMER);
         self.push(entry, counters)
     }
 

@@ -18,7 +18,14 @@
 //! The kernel posts an event at each wake-up of the file, with what the file is ready for at that moment, so events tell of
 //! changes (like those of an edge-triggered epoll): what was there before an event was taken, and is still there afterwards, is
 //! told by no other. Events that come together are one, which shows all that is there.
-
+//!
+//! # Limits
+//!
+//! There is no operation that a timer could be linked to. But waits mostly end long before their time, and then a linked timer is
+//! set and taken back for nothing: 550 ns of the kernel's each. So one timer serves all waits of a driver. It is set for the
+//! soonest end of a wait that ever began, whether or not that wait is still under way when it fires; then those whose time has
+//! come are ended, and it is set for the soonest of the others. A wait costs a look at the clock and a comparison. Ends
+//! that are close together (1 ms) share one.
 //!
 //! # The second look
 //!
@@ -29,6 +36,7 @@
 use slab::Slab;
 
 use super::slab::{CQE_F_MORE, Completion, Key, TAG_FIRST};
+use crate::sys;
 
 /// From here up to the tags, the lower half of a `user_data` is a watch's index, not a slot's.
 pub(super) const WATCH_FIRST: u32 = 1 << 31;
@@ -38,6 +46,44 @@ const RESERVED: usize = 1024;
 
 /// What ends a wait for want of an event: no event of poll(2) has this bit.
 pub(crate) const SECOND_LOOK: u32 = 1 << 30;
+
+/// The least time between two checks for waits whose time is over.
+const CHECK_PAUSE_NS: i64 = 1_000_000;
+
+/// How long the waits of one call may take, all together.
+pub(crate) struct Limit {
+    timeout_ns: i64,
+    /// 0 before the first wait. Most calls do not wait.
+    end_ns: i64,
+}
+
+impl Limit {
+    /// As long as it takes.
+    #[inline(always)]
+    pub(crate) fn none() -> Limit {
+        Limit::of(-1)
+    }
+
+    /// So many nanoseconds from the first wait on; below 0: as long as it takes.
+    #[inline(always)]
+    pub(crate) fn of(timeout_ns: i64) -> Limit {
+        Limit {
+            timeout_ns,
+            end_ns: 0,
+        }
+    }
+
+    #[inline(always)]
+    fn end_ns(&mut self) -> i64 {
+        if self.timeout_ns < 0 {
+            return i64::MAX;
+        }
+        if self.end_ns == 0 {
+            self.end_ns = sys::monotonic_ns().saturating_add(self.timeout_ns);
+        }
+        self.end_ns
+    }
+}
 
 /// What somebody learns who wants to wait.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -70,6 +116,8 @@ struct Watch {
     seen_empty: bool,
     /// The look in which the wait began.
     look: u32,
+    /// When the wait is to end.
+    end_ns: i64,
     phase: Phase,
 }
 
@@ -94,16 +142,27 @@ impl Watch {
 }
 
 /// The watches of one driver.
-#[derive(Default)]
 pub(super) struct Watches {
     slab: Slab<Watch>,
     generation: u32,
     look: u32,
     /// Waits have begun that want a second look.
     wants_look: bool,
+    /// No wait is to end before.
+    soonest_ns: i64,
 }
 
 impl Watches {
+    pub(super) fn new() -> Watches {
+        Watches {
+            slab: Slab::new(),
+            generation: 0,
+            look: 0,
+            wants_look: false,
+            soonest_ns: i64::MAX,
+        }
+    }
+
     /// A watch that is about to be armed.
     pub(super) fn begin(&mut self) -> Option<WatchId> {
         if self.slab.capacity() == 0 {
@@ -124,6 +183,7 @@ impl Watches {
             // Arming looks.
             seen_empty: true,
             look: 0,
+            end_ns: i64::MAX,
             phase: Phase::Armed,
         });
         Some(id)
@@ -149,9 +209,14 @@ impl Watches {
         }
     }
 
-    /// What has been told, or else a wait, which `begin` names, for the next event.
+    /// What has been told, or else a wait, which `begin` names, for the next event or the end of `limit`.
     #[inline(always)]
-    pub(super) fn events_or_wait(&mut self, id: WatchId, begin: impl FnOnce() -> Key) -> Told {
+    pub(super) fn events_or_wait(
+        &mut self,
+        id: WatchId,
+        limit: &mut Limit,
+        begin: impl FnOnce() -> Key,
+    ) -> Told {
         let look = self.look;
         let Some(watch) = self.get(id) else {
             return Told::Unwatched;
@@ -165,7 +230,10 @@ impl Watches {
         let key = begin();
         watch.waiting = key;
         watch.look = look;
+        let end_ns = limit.end_ns();
+        watch.end_ns = end_ns;
         self.wants_look |= !watch.seen_empty;
+        self.soonest_ns = self.soonest_ns.min(end_ns);
         Told::Waits(key)
     }
 
@@ -200,6 +268,32 @@ impl Watches {
             }
         }
         due
+    }
+
+    /// When to check for waits whose time is over; `i64::MAX` for never.
+    #[inline(always)]
+    pub(super) fn soonest_ns(&self) -> i64 {
+        self.soonest_ns
+    }
+
+    /// The waits whose time is over, and whether somebody has seen that there is nothing.
+    pub(super) fn check(&mut self, now_ns: i64) -> Vec<(Key, bool)> {
+        self.soonest_ns = i64::MAX;
+        let mut over = Vec::new();
+        for (_, watch) in &mut self.slab {
+            if watch.waiting == Key::NONE {
+                continue;
+            }
+            if watch.end_ns <= now_ns {
+                let key = std::mem::replace(&mut watch.waiting, Key::NONE);
+                over.push((key, watch.seen_empty));
+            } else {
+                self.soonest_ns = self.soonest_ns.min(watch.end_ns);
+            }
+        }
+        // Then so are those whose time is over soon.
+        self.soonest_ns = self.soonest_ns.max(now_ns + CHECK_PAUSE_NS);
+        over
     }
 
     /// The wait has ended otherwise.
@@ -303,7 +397,7 @@ mod tests {
     const IN: u32 = libc::POLLIN as u32;
 
     fn wait(watches: &mut Watches, id: WatchId, n: u64) -> Told {
-        watches.events_or_wait(id, || Key(n << 32))
+        watches.events_or_wait(id, &mut Limit::none(), || Key(n << 32))
     }
 
     fn take_events(watches: &mut Watches, id: WatchId) -> u32 {
@@ -319,7 +413,7 @@ mod tests {
 
     #[test]
     fn an_event_goes_to_who_waits_or_is_kept_for_the_next_look() {
-        let mut watches = Watches::default();
+        let mut watches = Watches::new();
         let id = watches.begin().unwrap();
         assert_eq!(watches.complete(id.0, event(libc::POLLIN)), None);
         assert_eq!(wait(&mut watches, id, 1), Told::Events(IN));
@@ -337,7 +431,7 @@ mod tests {
 
     #[test]
     fn a_watch_that_ends_by_itself_has_everything_looked_at() {
-        let mut watches = Watches::default();
+        let mut watches = Watches::new();
         let id = watches.begin().unwrap();
         let Told::Waits(key) = wait(&mut watches, id, 1) else {
             panic!("it does not wait");
@@ -352,7 +446,7 @@ mod tests {
 
     #[test]
     fn a_wait_that_nobody_saw_a_need_for_ends_at_the_second_look() {
-        let mut watches = Watches::default();
+        let mut watches = Watches::new();
         let id = watches.begin().unwrap();
         let key = |n: u64| Key(n << 32);
         assert_eq!(wait(&mut watches, id, 1), Told::Waits(key(1)));
@@ -374,8 +468,41 @@ mod tests {
     }
 
     #[test]
+    fn a_check_ends_the_waits_whose_time_is_over_and_says_when_to_check_again() {
+        let mut watches = Watches::new();
+        let ids = [(); 3].map(|()| watches.begin().unwrap());
+        let key = |n: u64| Key(n << 32);
+        let start_ns = sys::monotonic_ns();
+        assert_eq!(watches.soonest_ns(), i64::MAX);
+        let far_ns = 60_000_000_000;
+        for (n, timeout_ns) in [(0, far_ns), (1, far_ns / 2), (2, -1)] {
+            let mut limit = Limit::of(timeout_ns);
+            let told = watches.events_or_wait(ids[n], &mut limit, || key(n as u64));
+            assert_eq!(told, Told::Waits(key(n as u64)));
+        }
+        let soonest_ns = watches.soonest_ns();
+        assert!((start_ns + far_ns / 2..start_ns + far_ns).contains(&soonest_ns));
+        assert_eq!(watches.check(soonest_ns), [(key(1), true)]);
+        assert!(watches.soonest_ns() >= start_ns + far_ns);
+        // That one's wait ends by an event, and what is left has no limit.
+        assert!(watches.complete(ids[0].0, event(libc::POLLIN)).is_some());
+        assert_eq!(watches.check(watches.soonest_ns()), []);
+        assert_eq!(watches.soonest_ns(), i64::MAX);
+        // The waits of one call end together, and one that relies on a short receive has another look.
+        let mut limit = Limit::of(1_000_000);
+        let told = watches.events_or_wait(ids[0], &mut limit, || key(4));
+        assert_eq!(told, Told::Waits(key(4)));
+        let end_ns = watches.soonest_ns();
+        assert_eq!(watches.check(end_ns), [(key(4), false)]);
+        watches.found_nothing(ids[0]);
+        let told = watches.events_or_wait(ids[0], &mut limit, || key(5));
+        assert_eq!(told, Told::Waits(key(5)));
+        assert_eq!(watches.soonest_ns(), end_ns);
+    }
+
+    #[test]
     fn what_comes_late_never_hits_the_next_watch() {
-        let mut watches = Watches::default();
+        let mut watches = Watches::new();
         let old = watches.begin().unwrap();
         assert!(watches.begin_end(old));
         assert_eq!(watches.complete(old.0, event(libc::POLLIN)), None);

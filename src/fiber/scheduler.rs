@@ -36,9 +36,7 @@ use super::stack::{STACK_BYTES_MIN, StackPool};
 use super::{AbortOnUnwind, DriverCell, FiberRef, State, interrupt};
 use crate::buf::lease::Pool;
 use crate::driver::features::Features;
-use crate::driver::{
-    Bell, Completion, Driver, DriverKind, Full, Key, Op, SECOND_LOOK, Waiter, WatchId,
-};
+use crate::driver::{Bell, Completion, Driver, DriverKind, Full, Key, Op, Waiter, WatchId};
 use crate::error::{Error, Result};
 use crate::log::log;
 use crate::metrics::Counts;
@@ -593,12 +591,9 @@ impl Worker {
             });
         }
         self.reap();
-        for waiter in self.driver.with(|driver| driver.look()) {
+        for (waiter, res) in self.driver.with(|driver| driver.overdue()) {
             let fiber = FiberRef::from_waiter(waiter);
-            fiber.completion.set(Completion {
-                res: SECOND_LOOK as i32,
-                flags: 0,
-            });
+            fiber.completion.set(Completion { res, flags: 0 });
             self.make_ready(fiber);
         }
         self.tell_of_ended();

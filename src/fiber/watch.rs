@@ -20,16 +20,16 @@
 //! once. Where that finds something the stream is a divided one, and is not watched any more. Nor are sockets whose urgent data
 //! somebody reads, or that have a protocol on top (kTLS).
 //!
-//! A watch is the socket's worker's, the one that owns it (`fiber/inflight.rs`), and only receives without a timeout use it, since
-//! a deadline is linked to an operation. Whatever cannot use it goes the usual way, beside it. It holds the file, so closing,
-//! dropping and detaching end it first.
+//! A watch is the socket's worker's, the one that owns it (`fiber/inflight.rs`). Whatever cannot use it (flags, another worker, an
+//! enclosing deadline, to which an operation is linked) goes the usual way, beside it. It holds the file, so closing, dropping and
+//! detaching end it first.
 
 use std::os::fd::RawFd;
 
 use super::inflight::{Direction, InFlight};
 use super::scheduler::Worker;
-use super::{FiberRef, State, current, interrupted, yield_fiber};
-use crate::driver::{Key, SECOND_LOOK, Told, WatchId};
+use super::{FiberRef, State, current, interrupted, outcome, yield_fiber};
+use crate::driver::{Key, Limit, SECOND_LOOK, Told, WatchId};
 
 /// After so many receives that waited on the ring a socket is watched: connections that come for one request and go are not.
 const WAITS_MIN: u8 = 4;
@@ -115,13 +115,13 @@ impl<'a> Watched<'a> {
         false
     }
 
-    /// Waits until there may be something to receive: what was told.
+    /// Waits, no longer than `limit`, until there may be something to receive: what was told.
     #[inline(always)]
-    pub(crate) fn events(&self) -> Result<u32, NoEvents> {
+    pub(crate) fn events(&self, limit: &mut Limit) -> Result<u32, NoEvents> {
         let (worker, fiber) = (self.worker, self.fiber);
         let told = worker
             .driver
-            .with(|driver| driver.events_or_wait(self.id, fiber.slot));
+            .with(|driver| driver.events_or_wait(self.id, fiber.slot, limit));
         match told {
             Told::Waits(key) => self.wait(key),
             Told::Events(events) if worker.may_call_again() => Ok(events),
@@ -155,7 +155,7 @@ impl<'a> Watched<'a> {
             worker
                 .driver
                 .with(|driver| driver.forgo_event(self.id, key));
-            return Err(NoEvents::Ended(self.ended_early()));
+            return Err(NoEvents::Ended(self.ended_early(told)));
         }
         Ok(told as u32)
     }
@@ -163,11 +163,15 @@ impl<'a> Watched<'a> {
     /// Who ended the wait.
     #[cold]
     #[inline(never)]
-    fn ended_early(&self) -> i32 {
+    fn ended_early(&self, code: i32) -> i32 {
         if self.inflight.is_closed() {
             return -libc::EBADF;
         }
-        interrupted(self.worker, self.fiber).unwrap_or(-libc::ECANCELED)
+        match interrupted(self.worker, self.fiber) {
+            Some(code) => code,
+            None if code == -libc::ETIME => outcome::TIMED_OUT,
+            None => -libc::ECANCELED,
+        }
     }
 
     /// After a receive: keeps the events, unless it has taken all that was there. `is_short`: it could have taken more.

@@ -56,8 +56,8 @@ use crate::constants::{
     AF_ALG, AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, Family, Kind, MsgFlags, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOCK_STREAM,
 };
-use crate::driver::Op;
 use crate::driver::op::{self, timespec_from_ns};
+use crate::driver::{Limit, Op};
 use crate::error::{Error, Result};
 use crate::fiber::inflight::{Direction, InFlight};
 use crate::fiber::{self, error_from_outcome, outcome};
@@ -893,8 +893,8 @@ impl Socket {
         if let Op::Recv {
             buffer, flags: 0, ..
         } = op
-            && let Some(watched) = self.begin_watch(timeout_ns)
-            && let Some(code) = self.recv_watched(&watched, buffer)
+            && let Some(watched) = self.begin_watch()
+            && let Some(code) = self.recv_watched(&watched, buffer, Limit::of(timeout_ns))
         {
             return code;
         }

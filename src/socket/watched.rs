@@ -1,29 +1,34 @@
 //! Receives of a stream that its worker watches: see `fiber/watch.rs`.
 
 use std::mem::MaybeUninit;
+use std::sync::atomic::Ordering;
 
-use super::{BLOCKING, Socket};
+use super::{NON_BLOCKING, Socket};
 use crate::buf::Buf;
 use crate::constants::{AF_INET, AF_INET6, AF_UNIX, IPPROTO_TCP, SOCK_STREAM};
+use crate::driver::Limit;
 use crate::error::Result;
 use crate::fiber::watch::{NoEvents, Watched};
 use crate::fiber::{self, error_from_outcome};
 use crate::sys;
 
 impl Socket {
-    /// The watch by which a receive without flags may go, if there is one.
+    /// The watch by which a receive without flags may go, if there is one, and how long it may wait.
     #[inline(always)]
-    pub(super) fn watched(&self) -> Option<Watched<'_>> {
+    pub(super) fn watched(&self) -> Option<(Watched<'_>, Limit)> {
         self.0.inflight.watch()?;
-        if self.timeout_ns() != BLOCKING {
+        let timeout_ns = self.timeout_ns();
+        if timeout_ns == NON_BLOCKING {
             return None;
         }
-        Watched::of(&self.0.inflight).filter(Watched::pays)
+        let watched = Watched::of(&self.0.inflight).filter(Watched::pays)?;
+        Some((watched, Limit::of(timeout_ns)))
     }
 
     /// [`watched`](Socket::watched), for a receive that has to wait: with a new watch if it is not the first.
-    pub(super) fn begin_watch(&self, timeout_ns: i64) -> Option<Watched<'_>> {
-        if timeout_ns != BLOCKING || !self.is_plain_stream() {
+    pub(super) fn begin_watch(&self) -> Option<Watched<'_>> {
+        // Where a receive fails at once, there may be nothing to wait for (a listening socket).
+        if !self.0.receives.load(Ordering::Relaxed) || !self.is_plain_stream() {
             return None;
         }
         Watched::begin_if_quiet(&self.0.inflight, self.0.fd)
@@ -49,7 +54,8 @@ impl Socket {
     // Out of line, so that receives of sockets that are not are as short as ever.
     #[inline(never)]
     pub(super) fn recv_if_watched(&self, buffer: &mut [MaybeUninit<u8>]) -> Option<i32> {
-        self.recv_watched(&self.watched()?, buffer)
+        let (watched, limit) = self.watched()?;
+        self.recv_watched(&watched, buffer, limit)
     }
 
     /// Receives into `buffer`: the bytes or a code; `None` if the ring has to do it.
@@ -58,9 +64,10 @@ impl Socket {
         &self,
         watched: &Watched<'_>,
         buffer: &mut [MaybeUninit<u8>],
+        mut limit: Limit,
     ) -> Option<i32> {
         loop {
-            let events = match watched.events() {
+            let events = match watched.events(&mut limit) {
                 Ok(events) => events,
                 Err(NoEvents::Unwatched) => return None,
                 Err(NoEvents::Ended(code)) => return Some(code),
@@ -79,7 +86,8 @@ impl Socket {
     // Functions of their own, so that a fiber that waits otherwise has none of this on its stack.
     #[inline(never)]
     pub(super) fn recv_lease_watched(&self, bufsize: usize) -> Option<Result<Buf>> {
-        self.recv_lease_by(&self.watched()?, bufsize)
+        let (watched, limit) = self.watched()?;
+        self.recv_lease_by(&watched, bufsize, limit)
     }
 
     /// [`recv_lease_watched`](Socket::recv_lease_watched), as in [`begin_watch`](Socket::begin_watch).
@@ -89,13 +97,18 @@ impl Socket {
         bufsize: usize,
         timeout_ns: i64,
     ) -> Option<Result<Buf>> {
-        self.recv_lease_by(&self.begin_watch(timeout_ns)?, bufsize)
+        self.recv_lease_by(&self.begin_watch()?, bufsize, Limit::of(timeout_ns))
     }
 
     #[inline(always)]
-    fn recv_lease_by(&self, watched: &Watched<'_>, bufsize: usize) -> Option<Result<Buf>> {
+    fn recv_lease_by(
+        &self,
+        watched: &Watched<'_>,
+        bufsize: usize,
+        mut limit: Limit,
+    ) -> Option<Result<Buf>> {
         loop {
-            let events = match watched.events() {
+            let events = match watched.events(&mut limit) {
                 Ok(events) => events,
                 Err(NoEvents::Unwatched) => return None,
                 Err(NoEvents::Ended(code)) => return Some(Err(error_from_outcome(code))),
