@@ -43,6 +43,9 @@ pub struct ContenderResult {
     /// How it failed.
     pub broken: Option<String>,
     pub rounds: Vec<Round>,
+    /// Runs after the rounds, of contenders whose minimum only one round had seen. Only the minimum comes from them, too.
+    #[serde(default)]
+    pub extra: Vec<Round>,
     pub paced: Vec<Paced>,
     /// System calls and context switches per message.
     pub calls: Option<f64>,
@@ -113,27 +116,33 @@ impl CellResult {
     }
 }
 
+impl Round {
+    /// What a message cost, all in all.
+    fn cost(&self, measure: Measure) -> f64 {
+        match (measure, self.hardware) {
+            (Measure::Cycles, Some(hard)) => hard.cycles_user + hard.cycles_kernel,
+            _ => self.cpu_ns,
+        }
+    }
+}
+
 impl ContenderResult {
     /// What a message cost in each round.
     pub fn costs(&self, measure: Measure) -> Vec<f64> {
-        let cost = |round: &Round| match (measure, round.hardware) {
-            (Measure::Cycles, Some(hard)) => hard.cycles_user + hard.cycles_kernel,
-            _ => round.cpu_ns,
-        };
-        self.rounds.iter().map(cost).collect()
+        self.rounds
+            .iter()
+            .map(|round| round.cost(measure))
+            .collect()
     }
 
-    /// What a message cost in the cheapest slice of each round.
+    /// What a message cost in the cheapest slice of each run.
     pub fn cheapest(&self, measure: Measure) -> Vec<f64> {
-        let costs = self.costs(measure);
-        (self.rounds.iter().zip(costs))
-            .map(|(round, cost)| {
-                round
-                    .slices
-                    .iter()
-                    .copied()
+        (self.rounds.iter().chain(&self.extra))
+            .map(|round| {
+                let slices = round.slices.iter().copied();
+                slices
                     .reduce(f64::min)
-                    .unwrap_or(cost)
+                    .unwrap_or_else(|| round.cost(measure))
             })
             .collect()
     }

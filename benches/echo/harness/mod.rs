@@ -2,7 +2,8 @@
 //!
 //! A run is rounds of cells of contenders: each round goes through all cells, and in each cell through all its contenders, whose order
 //! rotates. So a cell's contenders are neighbours in time, and its rounds are spread over the whole run. Each turn is a
-//! fresh server on one processor and a load on another ([`runner`]). After the timed rounds come runs that are not timed: paced ones
+//! fresh server on one processor and a load on another ([`runner`]). Whose minimum only one round has seen takes more turns
+//! ([`confirm`]). After the timed rounds come runs that are not timed: paced ones
 //! for latency, and such as count system calls, which would slow a timed run. What came of it all is a [`json::Run`], from which
 //! [`report`] and [`plot`] make everything a person reads.
 
@@ -97,6 +98,9 @@ pub struct HarnessArgs {
     #[arg(last = true, hide = true, requires = "pin")]
     command: Vec<OsString>,
 }
+
+/// A minimum is confirmed if another run came as close as this to it.
+const CONFIRMED: f64 = 0.02;
 
 /// Two runs agree if no ratio differs by more than this share.
 const AGREEMENT: f64 = 0.05;
@@ -301,6 +305,9 @@ fn measure(args: &HarnessArgs, root: &Path) -> io::Result<Option<Run>> {
             }
         }
     }
+    if !args.quick {
+        confirm(&runner, &progress, &turns, &mut results, rounds);
+    }
     for ((cell, part), result) in turns
         .iter()
         .zip(&mut results)
@@ -367,6 +374,34 @@ fn measure(args: &HarnessArgs, root: &Path) -> io::Result<Option<Run>> {
         cells: results,
         costs,
     }))
+}
+
+/// Runs those again whose minimum is not confirmed yet, each as often as there were rounds at most. The rule knows no names.
+fn confirm(
+    runner: &Runner,
+    progress: &ProgressBar,
+    turns: &[(Cell, Vec<&Contender>)],
+    results: &mut [CellResult],
+    rounds: usize,
+) {
+    for extra in 0..rounds {
+        for ((cell, part), result) in turns.iter().zip(&mut *results) {
+            if cell.kind == Kind::Idle {
+                continue; // Memory does not vary.
+            }
+            for (contender, into) in part.iter().zip(&mut result.contenders) {
+                if stats::is_confirmed(&into.cheapest(runner.measure), CONFIRMED) {
+                    continue;
+                }
+                progress.inc_length(1);
+                step(progress, cell, contender, into, |into| {
+                    let timed = runner.timed(cell, contender, rounds + extra)?;
+                    into.extra.push(timed);
+                    Ok(())
+                });
+            }
+        }
+    }
 }
 
 fn result_of(contender: &Contender) -> ContenderResult {

@@ -130,12 +130,14 @@ pub fn markdown(run: &Run, plots: &[Plot], prefix: &str) -> String {
 
 /// A sentence or two about what was measured and how well.
 fn conditions(run: &Run) -> String {
+    let contenders = run.cells.iter().flat_map(|cell| &cell.contenders);
+    let extra: usize = contenders.map(|contender| contender.extra.len()).sum();
     let repeats: u32 = all_rounds(run).map(|round| round.repeats).sum();
     let stolen = all_rounds(run)
         .map(|round| round.stolen)
         .fold(0.0, f64::max);
     let mut out = format!(
-        "{} {} round{} in {:.0} min; runs repeated because the hypervisor took time: {repeats}; most it took of a run that counts: \
+        "{} {} round{} and {extra} runs to confirm minima, in {:.0} min; runs repeated because the hypervisor took time: {repeats}; most it took of a run that counts: \
          {:.1} %.",
         run.measure.sentence(),
         run.rounds,
@@ -178,7 +180,7 @@ fn conditions(run: &Run) -> String {
 
 fn all_rounds(run: &Run) -> impl Iterator<Item = &super::json::Round> {
     let contenders = run.cells.iter().flat_map(|cell| &cell.contenders);
-    contenders.flat_map(|contender| &contender.rounds)
+    contenders.flat_map(|contender| contender.rounds.iter().chain(&contender.extra))
 }
 
 /// Cells by contenders: the minimum's ratio to epoll.

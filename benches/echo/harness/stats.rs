@@ -5,6 +5,13 @@ pub fn minimum(values: &[f64]) -> Option<f64> {
     values.iter().copied().reduce(f64::min)
 }
 
+/// Whether the minimum is no single stroke of luck: the second smallest value is larger by `share` at most.
+pub fn is_confirmed(values: &[f64], share: f64) -> bool {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    matches!(sorted[..], [first, second, ..] if second <= first * (1.0 + share))
+}
+
 /// The middle value, or the mean of the two middle ones.
 pub fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
@@ -106,6 +113,13 @@ mod tests {
         assert_eq!(median(&[9.0, 1.0, 2.0, 4.0]), Some(3.0));
         assert_eq!(minimum(&[9.0, 1.0, 2.0]), Some(1.0));
         assert_eq!(minimum(&[]), None);
+    }
+
+    #[test]
+    fn a_minimum_is_confirmed_by_another_value_close_to_it() {
+        assert!(!is_confirmed(&[], 0.02) && !is_confirmed(&[5.0], 0.02));
+        assert!(!is_confirmed(&[103.0, 100.0, 104.0], 0.02));
+        assert!(is_confirmed(&[103.0, 101.0, 100.0], 0.02));
     }
 
     #[test]
