@@ -16,7 +16,7 @@
 //! Neither way takes a lock or allocates, so a lease may also be dropped in a forked child or while a thread is torn down.
 #![allow(unsafe_code)]
 
-use std::cell::{Cell, UnsafeCell};
+use std::cell::Cell;
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -45,7 +45,7 @@ thread_local! {
 
 /// What is known of one buffer.
 struct Slot {
-    /// The one behind it in the returned list.
+    /// The one behind it in the free list or in the returned list.
     next: AtomicU32,
     /// How many leases share the buffer, less one.
     others: AtomicU32,
@@ -55,9 +55,11 @@ struct Shared {
     /// Null before the first lease. Written by the owner's thread, before there is a lease to read it.
     memory: Cell<*mut u8>,
     buffer_bytes: usize,
+    /// From the start of one to the start of the next.
+    pitch: usize,
     slots: Box<[Slot]>,
-    /// Buffers at home, the hottest one last. Touched by the owner's thread only; it never grows beyond its capacity.
-    free: UnsafeCell<Vec<u32>>,
+    /// The head of the list of those at home, the hottest first. Touched by the owner's thread only.
+    free: Cell<u32>,
     /// The head of the list of those that other threads gave back.
     returned: AtomicU32,
     /// Once the pool has ended: how many have not come back.
@@ -68,12 +70,26 @@ struct Shared {
 }
 
 impl Shared {
-    fn pitch(&self) -> usize {
-        self.buffer_bytes.next_multiple_of(COLOUR_BYTES) + COLOUR_BYTES
+    fn mapping_bytes(&self) -> usize {
+        self.slots.len() * self.pitch
     }
 
-    fn mapping_bytes(&self) -> usize {
-        self.slots.len() * self.pitch()
+    /// Takes the first of the free list.
+    #[inline(always)]
+    fn pop(&self) -> Option<u32> {
+        let index = self.free.get();
+        // NONE is no slot's.
+        let next = self.slots.get(index as usize)?.next.load(Ordering::Relaxed);
+        self.free.set(next);
+        Some(index)
+    }
+
+    #[inline(always)]
+    fn push(&self, index: u32) {
+        let next = self.free.replace(index);
+        self.slots[index as usize]
+            .next
+            .store(next, Ordering::Relaxed);
     }
 
     /// Frees the pool.
@@ -138,15 +154,17 @@ impl Pool {
             next: AtomicU32::new(NONE),
             others: AtomicU32::new(0),
         };
+        let buffer_bytes = if count == 0 {
+            0
+        } else {
+            buffer_bytes.min(BUFFER_BYTES_MAX)
+        };
         let shared = Box::new(Shared {
             memory: Cell::new(ptr::null_mut()),
-            buffer_bytes: if count == 0 {
-                0
-            } else {
-                buffer_bytes.min(BUFFER_BYTES_MAX)
-            },
+            buffer_bytes,
+            pitch: buffer_bytes.next_multiple_of(COLOUR_BYTES) + COLOUR_BYTES,
             slots: std::iter::repeat_with(slot).take(count).collect(),
-            free: UnsafeCell::new(Vec::new()),
+            free: Cell::new(NONE),
             returned: AtomicU32::new(NONE),
             away: AtomicUsize::new(0),
             #[cfg(test)]
@@ -178,32 +196,23 @@ impl Pool {
         Leave(OWN.replace(self.0.as_ptr()))
     }
 
-    /// The free list.
-    ///
-    /// # Safety
-    ///
-    /// Called on the owner's thread, and the reference ends before anything else can call this.
-    #[inline(always)]
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn free_list(shared: &Shared) -> &mut Vec<u32> {
-        // SAFETY: the caller's promise.
-        unsafe { &mut *shared.free.get() }
-    }
-
     /// The buffer that was used last; `None` if all are away.
     #[inline(always)]
     pub(crate) fn take(&self) -> Option<Lease> {
         let shared = self.shared();
-        // SAFETY: a Pool stays on its owner's thread, and popping calls nothing.
-        let index = match unsafe { Pool::free_list(shared) }.pop() {
+        let index = match shared.pop() {
             Some(index) => index,
             None => self.refill()?,
         };
-        // SAFETY: the index is below the number of buffers, which all lie inside the mapping.
-        let start = unsafe { shared.memory.get().add(index as usize * shared.pitch()) };
+        // SAFETY: the index is below the number of buffers, which all lie inside the mapping: there is one, since a buffer was
+        // in a list, and it is not at address 0.
+        let start = unsafe {
+            let start = shared.memory.get().add(index as usize * shared.pitch);
+            NonNull::new_unchecked(start)
+        };
         let lease = Lease {
             pool: self.0,
-            start: NonNull::new(start).expect("a mapping is not at address 0"),
+            start,
             len: shared.buffer_bytes as u32,
             index,
         };
@@ -220,8 +229,6 @@ impl Pool {
     #[inline(never)]
     fn refill(&self) -> Option<u32> {
         let shared = self.shared();
-        // SAFETY: as in `take`; nothing below calls back.
-        let free = unsafe { Pool::free_list(shared) };
         if shared.memory.get().is_null() {
             if shared.buffer_bytes == 0 {
                 return None;
@@ -248,12 +255,13 @@ impl Pool {
                     .write_bytes(POISON, shared.mapping_bytes());
             }
             shared.memory.set(memory.cast());
-            free.reserve_exact(shared.slots.len());
-            free.extend((0..shared.slots.len() as u32).rev());
+            (0..shared.slots.len() as u32)
+                .rev()
+                .for_each(|index| shared.push(index));
         } else {
-            shared.drain_returned(NONE, |index| free.push(index));
+            shared.drain_returned(NONE, |index| shared.push(index));
         }
-        free.pop()
+        shared.pop()
     }
 }
 
@@ -276,8 +284,7 @@ impl Drop for Pool {
         let shared = self.shared();
         let mut away = 0;
         if !shared.memory.get().is_null() {
-            // SAFETY: as in `take`.
-            away = shared.slots.len() - unsafe { Pool::free_list(shared) }.len();
+            away = shared.slots.len() - std::iter::from_fn(|| shared.pop()).count();
         }
         shared.drain_returned(ENDED, |_| away -= 1);
         // Those that came back since were subtracted before this is added.
@@ -372,12 +379,12 @@ impl Drop for Lease {
         // SAFETY: no lease of the buffer is left, and it is not in a list yet.
         unsafe {
             let pool = self.pool.as_ref();
-            let buffer = pool.memory.get().add(self.index as usize * pool.pitch());
+            let buffer = pool.memory.get().add(self.index as usize * pool.pitch);
             buffer.write_bytes(POISON, pool.buffer_bytes);
         }
         if ptr::eq(OWN.get(), self.pool.as_ptr()) {
-            // SAFETY: this is the owner's thread, and pushing below the capacity calls nothing.
-            unsafe { Pool::free_list(self.pool.as_ref()) }.push(self.index);
+            // SAFETY: the pool is not freed while this buffer is away. This is the owner's thread.
+            unsafe { self.pool.as_ref() }.push(self.index);
         } else {
             // SAFETY: this was the buffer's last lease.
             unsafe { Shared::give_back(self.pool, self.index) };

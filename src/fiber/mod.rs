@@ -623,8 +623,16 @@ enum NoTurn {
 #[inline(always)]
 fn await_turn(timed: bool) -> std::result::Result<Turn, NoTurn> {
     let (worker, fiber) = current().ok_or(NoTurn::Unwanted)?;
-    let in_crowd = worker.is_crowded() && !timed;
-    if in_crowd || fiber.interrupt.get() != 0 || std::thread::panicking() {
+    if worker.is_crowded() && !timed {
+        return Err(NoTurn::Unwanted);
+    }
+    await_turn_of(Turn { worker, fiber })
+}
+
+#[inline(always)]
+fn await_turn_of(turn: Turn) -> std::result::Result<Turn, NoTurn> {
+    let Turn { worker, fiber } = turn;
+    if fiber.interrupt.get() != 0 || std::thread::panicking() {
         return Err(NoTurn::Unwanted);
     }
     if !fiber.forecast.is_good() {
@@ -635,7 +643,7 @@ fn await_turn(timed: bool) -> std::result::Result<Turn, NoTurn> {
     if fiber.interrupt.get() != 0 {
         return Err(NoTurn::Unwanted);
     }
-    Ok(Turn { worker, fiber })
+    Ok(turn)
 }
 
 /// In a fiber: bytes of each receive buffer that its worker lends; 0 where there is none.
@@ -644,90 +652,92 @@ pub(crate) fn lent_bytes() -> usize {
     current().map_or(0, |(worker, _)| worker.buffers.buffer_bytes())
 }
 
-/// [`attempt_in_turn`], receiving at most `bufsize` bytes into a buffer that is taken only then.
-#[inline(always)]
-pub(crate) fn receive_in_turn(fd: RawFd, bufsize: usize) -> Option<Received> {
-    // A lease waits by readiness first and is received by a plain call in any case, so a crowd changes nothing.
-    let turn = await_turn(true).ok()?;
-    let received = receive(turn.worker, fd, bufsize);
-    match received {
-        Err(code) if code == -libc::EAGAIN => {
-            turn.fiber.forecast.found_nothing();
-            None
-        }
-        received => {
-            turn.fiber.forecast.found();
-            Some(received)
-        }
-    }
+/// A fiber that receives at most so many bytes, into a buffer of its worker's that is taken only when there is something to receive.
+///
+/// What it receives goes into a `Buf` of the caller's, which is empty before; the result is a number of bytes, or a code as of
+/// [`suspend`]. (A `Result<Buf, _>`, handed from function to function, is copied each time.)
+#[derive(Clone, Copy)]
+pub(crate) struct Borrower {
+    turn: Turn,
+    bufsize: usize,
 }
 
-/// In a fiber: receives at most `bufsize` bytes without waiting, into a buffer that is taken for it.
-pub(crate) fn receive_now(fd: RawFd, bufsize: usize) -> Received {
-    let (worker, _) = current().expect("in a fiber");
-    receive(worker, fd, bufsize)
-}
-
-/// What a receive brought, or a code as of [`suspend`].
-pub(crate) type Received = std::result::Result<Buf, i32>;
-
-#[inline(always)]
-fn receive(worker: &Worker, fd: RawFd, bufsize: usize) -> Received {
-    receive_into(worker, bufsize, |buffer| {
-        worker.attempt(&mut Op::Recv {
-            fd,
-            buffer,
-            flags: 0,
-            found_nothing: false,
+impl Borrower {
+    /// The calling fiber, if its worker has buffers of that size.
+    #[inline(always)]
+    pub(crate) fn of(bufsize: usize) -> Option<Borrower> {
+        let (worker, fiber) = current()?;
+        (bufsize <= worker.buffers.buffer_bytes()).then_some(Borrower {
+            turn: Turn { worker, fiber },
+            bufsize,
         })
-    })
-}
+    }
 
-/// In a fiber: has `call` receive at most `bufsize` bytes into a buffer that is taken for it.
-#[inline(always)]
-pub(crate) fn receive_by(
-    bufsize: usize,
-    call: impl FnOnce(&mut [MaybeUninit<u8>]) -> i32,
-) -> Received {
-    let (worker, _) = current().expect("in a fiber");
-    receive_into(worker, bufsize, call)
-}
-
-#[inline(always)]
-fn receive_into(
-    worker: &Worker,
-    bufsize: usize,
-    call: impl FnOnce(&mut [MaybeUninit<u8>]) -> i32,
-) -> Received {
-    let Some(mut lease) = worker.buffers.take() else {
-        return receive_to_heap(bufsize, call);
-    };
-    let received = call(crate::sys::as_uninit(&mut lease[..bufsize]));
-    match received {
-        ..0 => Err(received),
-        0 => Ok(Buf::default()),
-        _ => {
-            lease.truncate(received as usize);
-            Ok(Buf::from_lease(lease))
+    /// As [`attempt_in_turn`].
+    #[inline(always)]
+    pub(crate) fn receive_in_turn(&self, fd: RawFd, out: &mut Buf) -> Option<i32> {
+        // A lease waits by readiness first and is received by a plain call in any case, so a crowd changes nothing.
+        let turn = await_turn_of(self.turn).ok()?;
+        let received = self.receive_now(fd, out);
+        if received == -libc::EAGAIN {
+            turn.fiber.forecast.found_nothing();
+            return None;
         }
+        turn.fiber.forecast.found();
+        Some(received)
+    }
+
+    /// Receives without waiting.
+    #[inline(always)]
+    pub(crate) fn receive_now(&self, fd: RawFd, out: &mut Buf) -> i32 {
+        self.receive_by(out, |buffer| {
+            self.turn.worker.attempt(&mut Op::Recv {
+                fd,
+                buffer,
+                flags: 0,
+                found_nothing: false,
+            })
+        })
+    }
+
+    /// Has `call` receive.
+    #[inline(always)]
+    pub(crate) fn receive_by(
+        &self,
+        out: &mut Buf,
+        call: impl FnOnce(&mut [MaybeUninit<u8>]) -> i32,
+    ) -> i32 {
+        let Some(mut lease) = self.turn.worker.buffers.take() else {
+            return receive_to_heap(self.bufsize, out, call);
+        };
+        let received = call(crate::sys::as_uninit(&mut lease[..self.bufsize]));
+        if received > 0 {
+            lease.truncate(received as usize);
+            *out = Buf::from_lease(lease);
+        }
+        received
     }
 }
 
-/// [`receive_into`] while all buffers are out.
+/// [`Borrower::receive_by`] while all buffers are out.
 #[cold]
 #[inline(never)]
-fn receive_to_heap(bufsize: usize, call: impl FnOnce(&mut [MaybeUninit<u8>]) -> i32) -> Received {
+fn receive_to_heap(
+    bufsize: usize,
+    out: &mut Buf,
+    call: impl FnOnce(&mut [MaybeUninit<u8>]) -> i32,
+) -> i32 {
     let mut bytes = Vec::new();
     if bytes.try_reserve_exact(bufsize).is_err() {
-        return Err(-libc::ENOMEM);
+        return -libc::ENOMEM;
     }
     let received = call(&mut bytes.spare_capacity_mut()[..bufsize]);
-    if received < 0 {
-        return Err(received);
+    if received > 0 {
+        crate::sys::set_received(&mut bytes, received as usize);
+        bytes.shrink_to_fit();
+        *out = Buf::from_vec(bytes);
     }
-    crate::sys::set_received(&mut bytes, received as usize);
-    bytes.shrink_to_fit();
-    Ok(Buf::from_vec(bytes))
+    received
 }
 
 /// After a call that a fiber had no need to wait in: lets the others go first, once it has made many of them in a row.

@@ -60,7 +60,7 @@ use crate::driver::op::{self, timespec_from_ns};
 use crate::driver::{Limit, Op};
 use crate::error::{Error, Result};
 use crate::fiber::inflight::{Direction, InFlight};
-use crate::fiber::{self, error_from_outcome, outcome};
+use crate::fiber::{self, Borrower, error_from_outcome, outcome};
 use crate::sys;
 use crate::timeout::Timeout;
 
@@ -653,35 +653,40 @@ impl Socket {
         if self.0.kind == SOCK_STREAM
             && flags == MsgFlags::default()
             && self.timeout_ns() != NON_BLOCKING
-            && bufsize <= fiber::lent_bytes()
+            && let Some(borrower) = fiber::Borrower::of(bufsize)
         {
-            return self.traced("recv", self.recv_lease(bufsize));
+            let mut received = Buf::default();
+            let result = match self.recv_lease(borrower, &mut received) {
+                code @ ..0 => Err(error_from_outcome(code)),
+                _ => Ok(received),
+            };
+            return self.traced("recv", result);
         }
         receive_buf(bufsize, flags, |buffer| self.recv_raw(buffer, flags))
     }
 
-    /// A receive in a fiber, into a buffer that is taken once there is something to put into it.
+    /// A receive in a fiber, into a buffer that is taken once there is something to put into it: the bytes or a code.
     #[inline(always)]
-    fn recv_lease(&self, bufsize: usize) -> Result<Buf> {
+    fn recv_lease(&self, borrower: Borrower, out: &mut Buf) -> i32 {
         if self.0.inflight.watch().is_some()
-            && let Some(received) = self.recv_lease_watched(bufsize)
+            && let Some(code) = self.recv_lease_watched(borrower, out)
         {
-            return received;
+            return code;
         }
-        match fiber::receive_in_turn(self.0.fd, bufsize) {
-            Some(received) => received.map_err(error_from_outcome),
-            None => self.recv_lease_later(bufsize),
+        match borrower.receive_in_turn(self.0.fd, out) {
+            Some(code) => code,
+            None => self.recv_lease_later(borrower, out),
         }
     }
 
     /// Waits for readiness rather than for the receive itself: the ring would have to be lent a buffer for all that time. (Of
     /// datagrams the two differ: after SHUT_RD, AF_UNIX tells the end to a receive that waits, but is not ready.)
     #[inline(never)]
-    fn recv_lease_later(&self, bufsize: usize) -> Result<Buf> {
+    fn recv_lease_later(&self, borrower: Borrower, out: &mut Buf) -> i32 {
         let fd = self.0.fd;
         let timeout_ns = self.timeout_ns();
-        if let Some(received) = self.recv_lease_newly_watched(bufsize, timeout_ns) {
-            return received;
+        if let Some(code) = self.recv_lease_newly_watched(borrower, timeout_ns, out) {
+            return code;
         }
         let deadline_ns = match timeout_ns {
             1.. => fiber::now_ns().saturating_add(timeout_ns),
@@ -691,27 +696,27 @@ impl Socket {
         // Where a receive would fail at once, a poll may wait all the same (a listening socket), so a first one goes before it.
         let mut ready = !self.0.receives.load(Ordering::Relaxed);
         if ready && let Some(code) = fiber::outcome_so_far() {
-            return Err(error_from_outcome(code));
+            return code;
         }
         loop {
             if ready {
-                match fiber::receive_now(fd, bufsize) {
-                    Err(code) if matches!(-code, libc::EAGAIN | libc::EINTR) => {
+                match borrower.receive_now(fd, out) {
+                    code if matches!(-code, libc::EAGAIN | libc::EINTR) => {
                         self.0.receives.store(true, Ordering::Relaxed);
                     }
-                    received => return received.map_err(error_from_outcome),
+                    code => return code,
                 }
                 if timeout_ns > 0 {
                     left_ns = deadline_ns - fiber::now_ns();
                     if left_ns <= 0 {
-                        return Err(Error::Timeout);
+                        return outcome::TIMED_OUT;
                     }
                 }
             }
             let events = libc::POLLIN;
             let code = self.wait(&mut Op::Poll { fd, events }, Direction::In, left_ns);
             if code < 0 {
-                return Err(error_from_outcome(code));
+                return code;
             }
             ready = true;
         }

@@ -7,9 +7,8 @@ use super::{NON_BLOCKING, Socket};
 use crate::buf::Buf;
 use crate::constants::{AF_INET, AF_INET6, AF_UNIX, IPPROTO_TCP, SOCK_STREAM};
 use crate::driver::Limit;
-use crate::error::Result;
+use crate::fiber::Borrower;
 use crate::fiber::watch::{NoEvents, Watched};
-use crate::fiber::{self, error_from_outcome};
 use crate::sys;
 
 impl Socket {
@@ -64,7 +63,18 @@ impl Socket {
         &self,
         watched: &Watched<'_>,
         buffer: &mut [MaybeUninit<u8>],
+        limit: Limit,
+    ) -> Option<i32> {
+        self.recv_as_told(watched, limit, || self.recv_told(buffer))
+    }
+
+    /// Waits for events and has `receive` receive, until there was something.
+    #[inline(always)]
+    fn recv_as_told(
+        &self,
+        watched: &Watched<'_>,
         mut limit: Limit,
+        mut receive: impl FnMut() -> (i32, bool),
     ) -> Option<i32> {
         loop {
             let events = match watched.events(&mut limit) {
@@ -72,7 +82,7 @@ impl Socket {
                 Err(NoEvents::Unwatched) => return None,
                 Err(NoEvents::Ended(code)) => return Some(code),
             };
-            let (code, is_whole) = self.recv_told(buffer);
+            let (code, is_whole) = receive();
             if code == -libc::EAGAIN {
                 watched.found_nothing();
                 continue;
@@ -82,52 +92,43 @@ impl Socket {
         }
     }
 
-    /// Receives at most `bufsize` bytes into a buffer that is taken once there are any; `None` if the ring has to do it.
+    /// Receives into a buffer that is taken once there is something to put into it: the bytes or a code; `None` if the ring has to
+    /// do it.
     // Functions of their own, so that a fiber that waits otherwise has none of this on its stack.
     #[inline(never)]
-    pub(super) fn recv_lease_watched(&self, bufsize: usize) -> Option<Result<Buf>> {
+    pub(super) fn recv_lease_watched(&self, borrower: Borrower, out: &mut Buf) -> Option<i32> {
         let (watched, limit) = self.watched()?;
-        self.recv_lease_by(&watched, bufsize, limit)
+        self.recv_lease_by(&watched, borrower, limit, out)
     }
 
     /// [`recv_lease_watched`](Socket::recv_lease_watched), as in [`begin_watch`](Socket::begin_watch).
     #[inline(never)]
     pub(super) fn recv_lease_newly_watched(
         &self,
-        bufsize: usize,
+        borrower: Borrower,
         timeout_ns: i64,
-    ) -> Option<Result<Buf>> {
-        self.recv_lease_by(&self.begin_watch()?, bufsize, Limit::of(timeout_ns))
+        out: &mut Buf,
+    ) -> Option<i32> {
+        self.recv_lease_by(&self.begin_watch()?, borrower, Limit::of(timeout_ns), out)
     }
 
     #[inline(always)]
     fn recv_lease_by(
         &self,
         watched: &Watched<'_>,
-        bufsize: usize,
-        mut limit: Limit,
-    ) -> Option<Result<Buf>> {
-        loop {
-            let events = match watched.events(&mut limit) {
-                Ok(events) => events,
-                Err(NoEvents::Unwatched) => return None,
-                Err(NoEvents::Ended(code)) => return Some(Err(error_from_outcome(code))),
-            };
+        borrower: Borrower,
+        limit: Limit,
+        out: &mut Buf,
+    ) -> Option<i32> {
+        self.recv_as_told(watched, limit, || {
             let mut is_whole = false;
-            let received = fiber::receive_by(bufsize, |buffer| {
+            let code = borrower.receive_by(out, |buffer| {
                 let code;
                 (code, is_whole) = self.recv_told(buffer);
                 code
             });
-            if let Err(code) = received
-                && code == -libc::EAGAIN
-            {
-                watched.found_nothing();
-                continue;
-            }
-            watched.received(events, is_whole);
-            return Some(received.map_err(error_from_outcome));
-        }
+            (code, is_whole)
+        })
     }
 
     /// One plain receive: its result, and whether it may be taken for all there was.
