@@ -27,7 +27,7 @@ use super::queues::{self, Queues};
 use super::slab::{Completion, Key, TAG_EVENTFD, TAG_TIMER, TAG_WAKE};
 use super::watch::WatchId;
 use super::{Config, Counters};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::sys;
 
 /// `IORING_REGISTER_RING_FDS`. The crate's own call keeps the index to itself, and we enter by hand.
