@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -79,7 +79,8 @@ struct Args {
     /// Close a connection on which nothing has moved, either way, for so long
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
     idle_timeout: f64,
-    /// Connections at the most; further ones wait in the backlog [default: 10000, or what the limit of open files allows]
+    /// Connections at the most, of two descriptors each; further ones wait in the backlog [default: 10000, or what the limit of open
+    /// files allows]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     max_connections: Option<u32>,
     /// Print a line of counters on standard error so often
@@ -391,6 +392,8 @@ struct Proxy {
     connect_timeout: f64,
     proxy_protocol: bool,
     options: RelayOptions,
+    /// It has been said that all places are taken. (Once is enough: the metrics show how long.)
+    told_full: AtomicBool,
     /// To the thread that writes the log.
     lines: mpsc::SyncSender<String>,
 }
@@ -573,6 +576,23 @@ impl Drop for Permit {
 struct Places {
     free: Receiver<()>,
     back: Sender<()>,
+    limit: usize,
+}
+
+impl Places {
+    /// Takes one, as soon as there is one.
+    fn take(&self, proxy: &Proxy) -> bool {
+        if self.free.try_recv().is_ok() {
+            return true;
+        }
+        if !proxy.told_full.swap(true, Relaxed) {
+            proxy.log(format_args!(
+                "all {} places are taken: further connections wait in the backlog (see --max-connections and `ulimit -n`)",
+                self.limit
+            ));
+        }
+        self.free.recv().is_ok()
+    }
 }
 
 /// Accepts until cancelled, and then what is left in the backlog, as far as there are places.
@@ -597,7 +617,7 @@ fn accept_all(listener: &Socket, proxy: &Arc<Proxy>, places: &Places, alive: &Se
     let mut pause = Duration::ZERO;
     loop {
         // First the connection, then the place: a worker that nobody connects to keeps none.
-        if wait_readable(listener).is_err() || places.free.recv().is_err() {
+        if wait_readable(listener).is_err() || !places.take(proxy) {
             break;
         }
         let error = match serve_next() {
@@ -679,6 +699,7 @@ fn run(args: &Args, proxy: &Arc<Proxy>, limit: usize, signals: Signals) -> rings
         let places = Places {
             free: free.clone(),
             back: back.clone(),
+            limit,
         };
         let accept = move || accept_all(&listener, &proxy, &places, &alive);
         accepting.push(handle.spawn_on(worker, accept)?);
@@ -756,6 +777,7 @@ fn start(args: &Args) -> ringsock::Result<()> {
     let proxy = Arc::new(Proxy {
         upstreams: Upstreams::new(args.upstream.clone()),
         stats: Stats::default(),
+        told_full: AtomicBool::new(false),
         connect_timeout: args.connect_timeout,
         proxy_protocol: args.proxy_protocol.is_some(),
         options: RelayOptions {

@@ -13,7 +13,7 @@ use ringsock::prelude::*;
 use ringsock::{DriverKind, Features, Handle, Runtime, run as run_fibers, socketpair, spawn};
 use support::{
     CHILD, EchoServer, Endpoint, Family, Finished, Process, Stream, alone, child_part, eventually,
-    example, forbid_io_uring, limit_descriptors, run, turn,
+    example, forbid_call, forbid_io_uring, limit_descriptors, run, turn,
 };
 
 const VARIABLE: &str = "RINGSOCK_DRIVER";
@@ -201,6 +201,37 @@ fn a_ring_that_was_asked_for_and_is_refused_is_an_error_that_names_the_remedy() 
             assert!(finished.stderr.starts_with(&start), "{finished:?}");
             assert!(finished.stderr.contains("seccomp"), "{finished:?}");
             assert_eq!(finished.stderr.lines().count(), 1, "{finished:?}");
+        }
+    }
+}
+
+/// A filter that allows the setup of a ring and forbids its use is found before anything depends on the ring.
+#[test]
+fn a_ring_that_may_be_made_but_not_used_is_no_ring() {
+    let calls = [
+        ("io_uring_enter", libc::SYS_io_uring_enter),
+        ("io_uring_register", libc::SYS_io_uring_register),
+    ];
+    for (name, number) in calls {
+        for errno in [libc::EPERM, libc::ENOSYS] {
+            let (finished, text) = doctor(|command| {
+                choose(command, None);
+                forbid_call(command, number, errno);
+            });
+            assert_eq!(finished.status.code(), Some(0), "{finished:?}");
+            assert!(text.contains("\ndriver: epoll\n"), "{text}");
+            let why = row(&text, "io_uring ");
+            assert!(why.contains(name) && why.contains("seccomp"), "{text}");
+            let mut server = EchoServer::start_with(Family::V4, &[], |command| {
+                choose(command, None);
+                forbid_call(command, number, errno);
+            })
+            .expect("IPv4");
+            server.connect().round_trip(&[7; 10_000]).unwrap();
+            server.process.signal(libc::SIGKILL);
+            let finished = server.process.wait();
+            assert_eq!(finished.stderr.lines().count(), 1, "{finished:?}");
+            assert!(finished.stderr.contains(name), "{finished:?}");
         }
     }
 }

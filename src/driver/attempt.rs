@@ -73,14 +73,18 @@ impl Attempt {
     ///
     /// A datagram socket that was shut down for receiving is readable and answers `EAGAIN`; only a recv(2) that waits is told 0.
     #[cold]
-    pub(crate) fn at_end(&self, op: &Op<'_>) -> Option<i32> {
+    pub(crate) fn at_end(&mut self, op: &mut Op<'_>) -> Option<i32> {
         let (Op::Recv { fd, .. } | Op::RecvMsg { fd, .. }) = op else {
             return None;
         };
         let told = sys::poll(*fd, libc::POLLRDHUP, 0);
         // A signal makes it an error, which has every bit.
         let is_shut = told > 0 && told & i32::from(libc::POLLRDHUP) != 0;
-        is_shut.then(|| self.ended(0))
+        if !is_shut {
+            return None;
+        }
+        // The end may have come just now, and with it the last bytes: they are received first.
+        self.step(op).or_else(|| Some(self.ended(0)))
     }
 
     /// The result of an operation that ends here, without one of its own: the bytes that it has moved, or else `code`.
@@ -242,6 +246,26 @@ mod tests {
         };
         let mut attempt = Attempt::NEW;
         assert_eq!(attempt.step(&mut op), Some(3));
+    }
+
+    /// Between a try that found nothing and the look for the end, the last bytes may come, with the end behind them.
+    #[test]
+    fn bytes_that_come_with_the_end_are_received_before_it() {
+        let (left, mut right) = UnixStream::pair().unwrap();
+        let mut buffer = [MaybeUninit::new(0); 8];
+        let mut op = Op::Recv {
+            fd: left.as_raw_fd(),
+            buffer: &mut buffer,
+            flags: 0,
+            found_nothing: false,
+        };
+        let mut attempt = Attempt::NEW;
+        assert_eq!(attempt.step(&mut op), None);
+        assert_eq!(attempt.at_end(&mut op), None);
+        right.write_all(b"abc").unwrap();
+        drop(right);
+        assert_eq!(attempt.at_end(&mut op), Some(3));
+        assert_eq!(attempt.at_end(&mut op), Some(0));
     }
 
     #[test]

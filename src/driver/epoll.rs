@@ -667,8 +667,13 @@ impl Epoll {
             let result = match op {
                 Op::Poll { .. } => Some(events as i32),
                 _ => {
+                    let before = wait.attempt;
                     let stepped = self.step(this);
-                    stepped.or_else(|| self.waits[this as usize].attempt.at_end(op))
+                    let wait = &mut self.waits[this as usize];
+                    // A part of all that was asked for, a connect that began: no result, but not in vain.
+                    got_on |= wait.attempt != before;
+                    // SAFETY: as above.
+                    stepped.or_else(|| wait.attempt.at_end(unsafe { &mut *wait.op }))
                 }
             };
             match result {
@@ -949,6 +954,31 @@ mod tests {
         assert_eq!(bench.result(1), -libc::ECANCELED);
         assert!(start.elapsed() >= Duration::from_millis(199));
         assert!(bench.driver.counters().enters - before < 30);
+    }
+
+    /// A transfer of all that goes on piece by piece gets on with each, though it has no result.
+    #[test]
+    fn pieces_of_a_whole_are_not_in_vain() {
+        const PIECES: usize = 16;
+        let (left, mut right) = UnixStream::pair().unwrap();
+        let fd = left.as_raw_fd();
+        let mut bench = Bench::new();
+        let op = Op::Recv {
+            fd,
+            buffer: Box::leak(Box::new([MaybeUninit::uninit(); PIECES])),
+            flags: libc::MSG_WAITALL,
+            found_nothing: false,
+        };
+        bench.start(1, op, None);
+        bench.turn(false);
+        for piece in 1..=PIECES {
+            right.write_all(b"x").unwrap();
+            // There at once, whoever looks: no pause was put before it.
+            bench.turn(false);
+            let is_whole = piece == PIECES;
+            assert_eq!(bench.results.contains_key(&1), is_whole, "{piece}");
+        }
+        assert_eq!(bench.result(1), PIECES as i32);
     }
 
     #[test]

@@ -200,6 +200,17 @@ pub(crate) fn setup_error(errno: i32) -> Error {
     }
 }
 
+/// Why `call` failed with `errno` on a ring that was set up, as one sentence with the remedy.
+pub(crate) fn use_error(call: &str, errno: i32) -> Error {
+    let message = matches!(errno, libc::EPERM | libc::EACCES | libc::ENOSYS).then(|| {
+        Text::from(format!(
+            "{call} is forbidden to this process though io_uring_setup is not, most likely by a seccomp filter: allow \
+             io_uring_setup, io_uring_enter and io_uring_register there, or forbid all three"
+        ))
+    });
+    Error::Os { errno, message }
+}
+
 fn no_memory(limit_bytes: Option<u64>) -> String {
     match limit_bytes {
         Some(bytes) => format!(

@@ -538,6 +538,11 @@ impl Driver {
         self.watches.detach(id, key);
     }
 
+    /// Forgets a watch that the kernel has ended, once what it told was taken: whether it is no more.
+    pub(crate) fn forget_watch_if_over(&mut self, id: WatchId) -> bool {
+        self.watches.forget_if_over(id)
+    }
+
     /// Ends a watch, at once where that is possible: whether it holds its file no longer.
     pub(crate) fn end_watch(&mut self, id: WatchId) -> bool {
         if !self.watches.begin_end(id) {

@@ -27,7 +27,7 @@ use super::queues::{self, Queues};
 use super::slab::{Completion, Key, TAG_CHECK, TAG_EVENTFD, TAG_TIMER, TAG_WAKE};
 use super::watch::WatchId;
 use super::{Config, Counters};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::sys;
 
 /// `IORING_REGISTER_RING_FDS`. The crate's own call keeps the index to itself, and we enter by hand.
@@ -184,6 +184,7 @@ impl Uring {
                 "raise RLIMIT_MEMLOCK (ulimit -l)",
             );
         }
+        may_enter(&ring)?;
         let has_zero_copy = probe(&ring, &mut features)?;
 
         let mut enter_flags = 0;
@@ -678,12 +679,27 @@ fn register_ring_fd(fd: RawFd) -> std::result::Result<i32, i32> {
     }
 }
 
+/// Enters the ring for nothing: a filter may allow the setup and forbid this, and later that would be too late.
+fn may_enter(ring: &IoUring) -> Result<()> {
+    // SAFETY: nothing is submitted, nothing is waited for, and no memory is named.
+    let entered = unsafe { ring.submitter().enter::<libc::sigset_t>(0, 0, 0, None) };
+    match entered.map_err(|error| error.raw_os_error().unwrap_or(libc::EINVAL)) {
+        Err(errno @ (libc::EPERM | libc::EACCES | libc::ENOSYS)) => {
+            Err(features::use_error("io_uring_enter", errno))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Asks for every operation this crate submits: whether there are zero-copy sends, which it can do without.
 fn probe(ring: &IoUring, features: &mut Features) -> Result<bool> {
     let mut probe = Probe::new();
     ring.submitter()
         .register_probe(&mut probe)
-        .map_err(|error| Error::from_errno(error.raw_os_error().unwrap_or(libc::EINVAL)))?;
+        .map_err(|error| {
+            let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
+            features::use_error("io_uring_register", errno)
+        })?;
     let engine = [
         ("ASYNC_CANCEL", opcode::AsyncCancel::CODE, "5.5"),
         ("LINK_TIMEOUT", opcode::LinkTimeout::CODE, "5.5"),

@@ -9,7 +9,7 @@
 //!            begin                  event (F_MORE): ends the wait that is attached, or is kept
 //!  (none) ─────────▶ Armed ◀───────────────────────────────────────────┐
 //!                      │ └─────────────────────────────────────────────┘
-//!                      ├── last CQE (the CQ overflowed, no memory, …) ──▶ Ended ──── end ──▶ (none)
+//!                      ├── last CQE (the CQ overflowed, no memory, …) ──▶ Ended ──── end, or what it told is taken ──▶ (none)
 //!                      └── end: a cancel by key ──▶ Ending ──── last CQE ──────────────────▶ (none)
 //! ```
 //!
@@ -321,6 +321,17 @@ impl Watches {
         }
     }
 
+    /// Whether the kernel has ended it, and all that it told has been taken: nothing more comes of it. Then it is no more.
+    pub(super) fn forget_if_over(&mut self, id: WatchId) -> bool {
+        match self.get(id) {
+            Some(watch) if watch.phase == Phase::Ended && watch.events == 0 => {
+                self.slab.remove(id.index());
+                true
+            }
+            watch => watch.is_none(),
+        }
+    }
+
     /// Whether it is no more.
     pub(super) fn is_gone(&mut self, id: WatchId) -> bool {
         self.get(id).is_none()
@@ -442,6 +453,23 @@ mod tests {
         assert_eq!(wait(&mut watches, id, 2), Told::Unwatched);
         assert!(!watches.begin_end(id), "no last CQE is to come");
         assert!(watches.is_gone(id));
+    }
+
+    #[test]
+    fn a_watch_that_ended_by_itself_is_forgotten_once_its_last_events_are_taken() {
+        let mut watches = Watches::default();
+        let id = watches.begin().unwrap();
+        assert!(!watches.forget_if_over(id), "it is armed");
+        // The queue was full: the event bears no F_MORE.
+        assert_eq!(watches.complete(id.0, last(i32::from(libc::POLLIN))), None);
+        assert!(!watches.forget_if_over(id), "somebody has to look");
+        assert_eq!(take_events(&mut watches, id), IN | libc::POLLERR as u32);
+        assert!(watches.forget_if_over(id));
+        assert!(watches.is_gone(id) && watches.forget_if_over(id));
+        let next = watches.begin().unwrap();
+        assert!(!watches.forget_if_over(next) && watches.forget_if_over(id));
+        assert!(watches.begin_end(next));
+        assert!(!watches.forget_if_over(next), "its last CQE is to come");
     }
 
     #[test]

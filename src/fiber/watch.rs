@@ -84,12 +84,18 @@ impl<'a> Watched<'a> {
 
     /// [`of`](Watched::of), with a new watch if receives have waited often enough.
     pub(crate) fn begin(inflight: &'a InFlight, fd: RawFd) -> Option<Watched<'a>> {
-        if inflight.watch().is_some() {
-            return Watched::of(inflight);
-        }
         let (worker, _) = current()?;
         if !inflight.is_owned_by(worker) || inflight.is_closed() || !inflight.is_watchable() {
             return None;
+        }
+        if let Some(id) = inflight.watch() {
+            let is_over = worker.driver.with(|driver| driver.forget_watch_if_over(id));
+            if !is_over {
+                return Watched::of(inflight);
+            }
+            // The kernel has ended it, or an end took its time: another one begins as the first did.
+            inflight.set_watch(None);
+            inflight.set_waits(0);
         }
         if inflight.count_wait() < WAITS_MIN {
             return None;

@@ -107,6 +107,11 @@ pub fn limit_locked_memory(command: &mut Command, bytes: u64) {
 
 /// Starts the command under a seccomp filter that makes io_uring_setup fail with `errno`, as container profiles do.
 pub fn forbid_io_uring(command: &mut Command, errno: i32) {
+    forbid_call(command, libc::SYS_io_uring_setup, errno);
+}
+
+/// Starts the command under a seccomp filter that makes the system call of this number fail with `errno`.
+pub fn forbid_call(command: &mut Command, number: libc::c_long, errno: i32) {
     let load_number = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     let jump_if_equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
     let answer = libc::BPF_RET | libc::BPF_K;
@@ -118,7 +123,7 @@ pub fn forbid_io_uring(command: &mut Command, errno: i32) {
     };
     let mut filter = [
         instruction(load_number, 0, 0, 0),
-        instruction(jump_if_equal, 0, 1, libc::SYS_io_uring_setup as u32),
+        instruction(jump_if_equal, 0, 1, number as u32),
         instruction(answer, 0, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
         instruction(answer, 0, 0, libc::SECCOMP_RET_ALLOW),
     ];
