@@ -457,7 +457,7 @@ mod tests {
 
     #[test]
     fn a_watch_that_ended_by_itself_is_forgotten_once_its_last_events_are_taken() {
-        let mut watches = Watches::default();
+        let mut watches = Watches::new();
         let id = watches.begin().unwrap();
         assert!(!watches.forget_if_over(id), "it is armed");
         // The queue was full: the event bears no F_MORE.
