@@ -1426,3 +1426,68 @@ fn what_lies_in_an_error_queue_keeps_no_relay_busy() {
         });
     });
 }
+
+/// Sends these bytes before urgent data, the urgent byte, and those behind it.
+fn send_urgently(mut stream: &UnixStream, before: &[u8], behind: &[u8]) {
+    stream.write_all(before).unwrap();
+    let urgent = b"!";
+    // SAFETY: one byte, which lives through the call.
+    let sent = unsafe {
+        libc::send(
+            stream.as_raw_fd(),
+            urgent.as_ptr().cast(),
+            urgent.len(),
+            libc::MSG_OOB | libc::MSG_NOSIGNAL,
+        )
+    };
+    assert_eq!(sent, 1);
+    stream.write_all(behind).unwrap();
+}
+
+/// splice(2) stops at the mark of urgent data for good, and takes it for the end once the stream has ended.
+#[test]
+fn what_is_behind_urgent_data_arrives_in_all_modes() {
+    checked(|| {
+        for mode in MODES {
+            let options = RelayOptions {
+                mode,
+                idle_timeout: 30.into(),
+                ..Default::default()
+            };
+            ringsock::run(move || {
+                let (client, a) = tcp();
+                let (mut server, b) = tcp();
+                let relay = start(&a, &b, options);
+                let peers = thread::spawn(move || {
+                    // So much that a way which may will splice.
+                    let bulk = vec![7; 4 << 20];
+                    let mut got = vec![0; bulk.len()];
+                    thread::scope(|scope| {
+                        scope.spawn(|| (&client).write_all(&bulk).unwrap());
+                        server.read_exact(&mut got).unwrap();
+                    });
+                    assert!(got == bulk);
+                    for n in 0..20 {
+                        send_urgently(&client, b"before", b"behind");
+                        let mut got = [0; 12];
+                        server.read_exact(&mut got).unwrap();
+                        assert_eq!(&got, b"beforebehind", "{mode:?}, round {n}");
+                    }
+                    send_urgently(&client, b"last", b"words");
+                    client.shutdown(Shutdown::Write).unwrap();
+                    let mut rest = Vec::new();
+                    server.read_to_end(&mut rest).unwrap();
+                    assert_eq!(rest, b"lastwords", "{mode:?}");
+                });
+                while !peers.is_finished() {
+                    sleep(0.01).unwrap();
+                }
+                peers.join().unwrap();
+                let relayed = relay.join().unwrap();
+                assert_eq!(relayed.ended, RelayEnd::Closed);
+                assert_eq!(relayed.a_to_b, (4 << 20) + 20 * 12 + 9);
+                assert_eq!(relayed.stranded, 0);
+            });
+        }
+    });
+}

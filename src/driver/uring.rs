@@ -32,6 +32,8 @@ use crate::sys;
 
 /// `IORING_REGISTER_RING_FDS`. The crate's own call keeps the index to itself, and we enter by hand.
 const REGISTER_RING_FDS: libc::c_uint = 20;
+/// `IORING_UNREGISTER_RING_FDS`.
+const UNREGISTER_RING_FDS: libc::c_uint = 21;
 /// `IORING_RECVSEND_POLL_FIRST`, which the crate keeps to itself.
 const RECVSEND_POLL_FIRST: u16 = 1 << 0;
 /// `IORING_SEND_ZC_REPORT_USAGE` (Linux 6.2), which the crate does not have: the notification says whether the kernel copied after all.
@@ -636,6 +638,11 @@ impl Uring {
 impl Drop for Uring {
     fn drop(&mut self) {
         if self.is_ours() {
+            if self.enter_flags & ENTER_REGISTERED_RING != 0 {
+                // Or else the thread keeps the ring, with its locked memory, as long as it lives.
+                let _ =
+                    update_ring_fd(self.ring_fd(), UNREGISTER_RING_FDS, self.enter_fd as u32, 0);
+            }
             // SAFETY: both are dropped here, once, and not used again.
             unsafe {
                 self.queues.unmap();
@@ -651,6 +658,16 @@ impl Drop for Uring {
 
 /// Registers the ring's descriptor with this thread: its index, or an errno.
 fn register_ring_fd(fd: RawFd) -> std::result::Result<i32, i32> {
+    update_ring_fd(fd, REGISTER_RING_FDS, u32::MAX, fd as u64)
+}
+
+/// Changes what rings this thread has registered: the index in question, or an errno.
+fn update_ring_fd(
+    fd: RawFd,
+    call: libc::c_uint,
+    index: u32,
+    data: u64,
+) -> std::result::Result<i32, i32> {
     #[repr(C)]
     struct RsrcUpdate {
         offset: u32,
@@ -658,16 +675,16 @@ fn register_ring_fd(fd: RawFd) -> std::result::Result<i32, i32> {
         data: u64,
     }
     let mut update = RsrcUpdate {
-        offset: u32::MAX,
+        offset: index,
         resv: 0,
-        data: fd as u64,
+        data,
     };
-    // SAFETY: one `struct io_uring_rsrc_update` is passed and its count is 1; the kernel writes the index back into it.
+    // SAFETY: one `struct io_uring_rsrc_update` is passed and its count is 1; the kernel may write an index back into it.
     let returned = unsafe {
         libc::syscall(
             libc::SYS_io_uring_register,
             fd,
-            REGISTER_RING_FDS,
+            call,
             &mut update as *mut RsrcUpdate,
             1u32,
         )
