@@ -46,7 +46,7 @@ pub fn about(error: ringsock::Error, what: &str) -> ringsock::Error {
                 message: Some(format!("{text}: {what}").into()),
             }
         }
-        None => error,
+        None => ringsock::Error::Message(format!("{error}: {what}").into()),
     }
 }
 

@@ -200,6 +200,7 @@ impl Uring {
                 "Linux 6.15 has it",
             );
         }
+        let queues = Queues::new(&ring)?;
         let mut enter_fd = ring.as_raw_fd();
         match register_ring_fd(enter_fd) {
             Ok(index) => {
@@ -215,7 +216,7 @@ impl Uring {
         }
 
         Ok(Uring {
-            queues: Queues::new(&ring)?,
+            queues,
             ring: ManuallyDrop::new(ring),
             enter_fd,
             enter_flags,
@@ -639,7 +640,8 @@ impl Drop for Uring {
     fn drop(&mut self) {
         if self.is_ours() {
             if self.enter_flags & ENTER_REGISTERED_RING != 0 {
-                // Or else the thread keeps the ring, with its locked memory, as long as it lives.
+                // Or else the thread (this one: a ring, having pointers, is not `Send`) keeps the ring, with its locked memory, as
+                // long as it lives.
                 let _ =
                     update_ring_fd(self.ring_fd(), UNREGISTER_RING_FDS, self.enter_fd as u32, 0);
             }
@@ -817,6 +819,15 @@ mod tests {
         })
         .unwrap();
         assert_eq!(ring.params().sq_entries(), 16);
+    }
+
+    /// A thread has 16 places for them, and what it has registered it keeps.
+    #[test]
+    fn a_ring_that_goes_is_registered_with_its_thread_no_more() {
+        for _ in 0..20 {
+            let ring = Uring::new(tiny()).unwrap();
+            assert!(ring.enter_flags & ENTER_REGISTERED_RING != 0);
+        }
     }
 
     #[test]
