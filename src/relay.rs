@@ -737,7 +737,7 @@ impl<'a> Way<'a> {
             return match -received {
                 libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP => Round::CannotSplice,
                 // It does not get past the mark of urgent data: what is behind looks to it like nothing there, or like the end.
-                0 | libc::EAGAIN => self.copy(),
+                0 | libc::EAGAIN if sys::is_at_mark(self.from) => self.copy(),
                 _ => self.received_none(received),
             };
         }

@@ -672,6 +672,16 @@ pub(crate) fn set_nonblocking(fd: RawFd, nonblocking: bool) -> i32 {
     result(unsafe { libc::ioctl(fd, libc::FIONBIO, &mut value) })
 }
 
+/// Whether a stream's next byte stands behind the mark of urgent data (sockatmark(3)).
+pub(crate) fn is_at_mark(fd: RawFd) -> bool {
+    // The libc crate does not have it. The number is that of x86_64 and aarch64.
+    const SIOCATMARK: libc::c_ulong = 0x8905;
+    let mut answer: libc::c_int = 0;
+    // SAFETY: the kernel writes one int to `answer`.
+    let code = result(unsafe { libc::ioctl(fd, SIOCATMARK as _, &mut answer) });
+    code == 0 && answer != 0
+}
+
 /// The descriptor's file status flags (`F_GETFL`).
 pub(crate) fn status_flags(fd: RawFd) -> i32 {
     // SAFETY: no memory is passed.
