@@ -32,7 +32,7 @@ use crate::fiber::overflow::SignalStack;
 use crate::fiber::remote::{Control, Remote};
 use crate::fiber::route::ZeroCopy;
 use crate::fiber::scheduler::{Limits, Worker};
-use crate::fiber::{self, sleep, yield_now};
+use crate::fiber::{self, Forecast, sleep, yield_now};
 use crate::log::log;
 use crate::metrics::{Counts, Metrics};
 use crate::socket::Socket;
@@ -804,12 +804,13 @@ impl Handle {
     {
         let listeners = self.listeners(address, options)?;
         let address = listeners[0].getsockname()?;
+        let is_shared = address.family() == AF_UNIX && listeners.len() > 1;
         let handler = Arc::new(handler);
         let mut fibers = Vec::new();
         for (index, listener) in listeners.into_iter().enumerate() {
             let handler = handler.clone();
             match self.spawn_on(index, move || {
-                accept_all(&listener, options.backlog, &handler)
+                accept_all(&listener, is_shared, options.backlog, &handler)
             }) {
                 Ok(fiber) => fibers.push(fiber),
                 Err(error) => {
@@ -855,6 +856,8 @@ impl Handle {
             if !shared && !first {
                 listener.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)?;
             }
+            // So that plain calls do not wait. Operations on the ring do all the same.
+            listener.force_nonblocking();
             listener.bind(&address)?;
             if !shared && first {
                 listener.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)?;
@@ -1000,8 +1003,14 @@ impl Server {
     }
 }
 
+/// So many connections are accepted by plain calls before the fibers get their turn.
+const ACCEPTS_MAX: usize = 16;
+
 /// Accepts until cancelled, or until the runtime ends, and then takes what is left in the backlog.
-fn accept_all<H, R>(listener: &Socket, backlog: i32, handler: &Arc<H>)
+///
+/// The ring is entered for each connection that it accepts. Where many come at a time, plain calls take those that are there
+/// already; but not from workers with whom a listener is shared.
+fn accept_all<H, R>(listener: &Socket, is_shared: bool, backlog: i32, handler: &Arc<H>)
 where
     H: Fn(Socket, Address) -> R + Send + Sync + 'static,
     R: 'static,
@@ -1010,11 +1019,27 @@ where
         let handler = handler.clone();
         fiber::join::spawn_when_possible(move || drop(handler(conn, peer)))
     };
+    let more = Forecast::new();
+    let accept_more = || {
+        for accepted in 0..ACCEPTS_MAX {
+            // Of an error the next call with time to wait hears, too, if it is to last.
+            if listener.accept_by_flag().and_then(&start).is_err() {
+                if accepted == 0 {
+                    more.found_nothing();
+                }
+                return;
+            }
+            more.found();
+        }
+    };
     let mut back_off = BackOff::default();
     loop {
         let error = match listener.accept().and_then(&start) {
             Ok(()) => {
                 back_off = BackOff::default();
+                if !is_shared && more.is_good() {
+                    accept_more();
+                }
                 continue;
             }
             Err(error) => error,
@@ -1042,7 +1067,7 @@ where
     }
     // As many as the backlog can hold: of those who still come, some are too late.
     for accepted in 1..=backlog.max(1) {
-        match listener.accept_now().and_then(&start) {
+        match listener.accept_by_flag().and_then(&start) {
             Ok(()) => {}
             Err(error) if error.errno() == Some(libc::ECONNABORTED) => {}
             // EAGAIN: the backlog is empty. Anything else (no descriptor, no memory) is not waited for any more.

@@ -168,9 +168,9 @@ pub(crate) struct Fiber {
 const _: () = assert!(std::mem::offset_of!(Fiber, unwinds) < 64);
 const _: () = assert!(std::mem::offset_of!(Fiber, slot) < 128);
 
-/// Whether trying first is likely to find something, as a fiber's plain receive or a worker's spin: after a try in vain 1, 3, 7, …
+/// Whether trying first is likely to find something, as a fiber's plain receive, a listener's plain accept or a worker's spin: after a try in vain 1, 3, 7, …
 /// waits are not preceded by one, until one finds something again.
-struct Forecast {
+pub(crate) struct Forecast {
     /// Waits that are not worth a try.
     skip: Cell<u8>,
     /// The last value of `skip`.
@@ -181,7 +181,7 @@ struct Forecast {
 const SKIP_MAX: u8 = 63;
 
 impl Forecast {
-    fn new() -> Forecast {
+    pub(crate) fn new() -> Forecast {
         Forecast {
             skip: Cell::new(0),
             skipped: Cell::new(0),
@@ -190,7 +190,7 @@ impl Forecast {
 
     /// Whether to try now.
     #[inline(always)]
-    fn is_good(&self) -> bool {
+    pub(crate) fn is_good(&self) -> bool {
         let skip = self.skip.get();
         if skip == 0 {
             return true;
@@ -200,11 +200,11 @@ impl Forecast {
     }
 
     #[inline(always)]
-    fn found(&self) {
+    pub(crate) fn found(&self) {
         self.skipped.set(0);
     }
 
-    fn found_nothing(&self) {
+    pub(crate) fn found_nothing(&self) {
         let skipped = (self.skipped.get() * 2 + 1).min(SKIP_MAX);
         self.skip.set(skipped);
         self.skipped.set(skipped);

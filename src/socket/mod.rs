@@ -439,6 +439,13 @@ impl Socket {
         self.accepted(fd, &address)
     }
 
+    /// [`accept_now`](Socket::accept_now), after [`force_nonblocking`](Socket::force_nonblocking).
+    pub(crate) fn accept_by_flag(&self) -> Result<(Socket, Address)> {
+        let mut address = SockAddr::empty();
+        let fd = sys::check(sys::accept4(self.0.fd, &mut address))?;
+        self.accepted(fd, &address)
+    }
+
     fn accepted(&self, fd: RawFd, address: &SockAddr) -> Result<(Socket, Address)> {
         let fd = sys::own(fd);
         let socket = Socket::adopt(fd, self.0.family, self.0.kind, self.0.proto)?;
