@@ -73,14 +73,19 @@ impl Attempt {
     ///
     /// A datagram socket that was shut down for receiving is readable and answers `EAGAIN`; only a recv(2) that waits is told 0.
     #[cold]
-    pub(crate) fn at_end(&self, op: &Op<'_>) -> Option<i32> {
+    pub(crate) fn at_end(&mut self, op: &mut Op<'_>) -> Option<i32> {
         let (Op::Recv { fd, .. } | Op::RecvMsg { fd, .. }) = op else {
             return None;
         };
         let told = sys::poll(*fd, libc::POLLRDHUP, 0);
         // A signal makes it an error, which has every bit.
         let is_shut = told > 0 && told & i32::from(libc::POLLRDHUP) != 0;
-        is_shut.then(|| self.ended(0))
+        if !is_shut {
+            return None;
+        }
+        // The stream's last bytes may have come with its end, since the step that found nothing. No more come after them.
+        let last = self.step(op);
+        Some(last.unwrap_or_else(|| self.ended(0)))
     }
 
     /// The result of an operation that ends here, without one of its own: the bytes that it has moved, or else `code`.
@@ -242,6 +247,26 @@ mod tests {
         };
         let mut attempt = Attempt::NEW;
         assert_eq!(attempt.step(&mut op), Some(3));
+    }
+
+    #[test]
+    fn what_comes_with_the_end_of_a_stream_is_received_before_it() {
+        let (left, mut right) = UnixStream::pair().unwrap();
+        let mut buffer = [MaybeUninit::uninit(); 8];
+        let mut op = Op::Recv {
+            fd: left.as_raw_fd(),
+            buffer: &mut buffer,
+            flags: 0,
+            found_nothing: false,
+        };
+        let mut attempt = Attempt::NEW;
+        assert_eq!(attempt.step(&mut op), None);
+        assert_eq!(attempt.at_end(&mut op), None);
+        // Between the step and the look at the end.
+        right.write_all(b"last").unwrap();
+        drop(right);
+        assert_eq!(attempt.at_end(&mut op), Some(4));
+        assert_eq!(attempt.at_end(&mut op), Some(0));
     }
 
     #[test]

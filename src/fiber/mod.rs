@@ -596,8 +596,11 @@ pub(crate) fn attempt_in_turn(op: &mut Op<'_>, timed: bool, receives: bool) -> O
 #[cold]
 #[inline(never)]
 fn attempt_failed(turn: Turn, op: &mut Op<'_>, result: i32) -> Option<i32> {
-    if result != -libc::EAGAIN {
-        return Some(result);
+    match -result {
+        libc::EAGAIN => {}
+        // The driver makes it again.
+        libc::EINTR => return None,
+        _ => return Some(result),
     }
     turn.fiber.forecast.found_nothing();
     op.found_nothing();
@@ -655,6 +658,8 @@ pub(crate) fn receive_in_turn(fd: RawFd, bufsize: usize) -> Option<Received> {
             turn.fiber.forecast.found_nothing();
             None
         }
+        // Made again, when the socket is readable.
+        Err(code) if code == -libc::EINTR => None,
         received => {
             turn.fiber.forecast.found();
             Some(received)
@@ -833,7 +838,7 @@ fn when_ready(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Direc
         if ready < 0 {
             return ready;
         }
-        match op.attempt() {
+        match op.attempt_despite_signals() {
             // Readiness need not mean success, so an end of time must be seen here, too.
             code if code == -libc::EAGAIN && left_ns == 0 => return outcome::TIMED_OUT,
             code if code == -libc::EAGAIN => {}
