@@ -311,7 +311,7 @@ MUTATIONS = [
         "src/driver/features.rs",
         "profile: allow io_uring_setup, io_uring_enter and io_uring_register there, for example \\\n",
         "profile, for example \\\n",
-        program("faults", "a_server_that_cannot_start_says_why_in_one_line"),
+        program("drivers", "a_ring_that_was_asked_for_and_is_refused_is_an_error_that_names_the_remedy"),
     ),
     (
         "18 a plain send raises SIGPIPE",
