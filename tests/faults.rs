@@ -416,6 +416,9 @@ fn threads_and_servers_on_epoll_survive_failing_calls() {
 
 // Every call of the epoll driver.
 
+/// What one side does.
+type Work = Box<dyn FnOnce() -> Result<()> + Send>;
+
 /// What two workers exchange, with all kinds of calls. Each side checks what it gets; its error ends it, and is returned.
 fn exchange_between_workers() -> Vec<Error> {
     let exchange = || -> Result<Vec<Error>> {
@@ -428,7 +431,7 @@ fn exchange_between_workers() -> Vec<Error> {
         let (left, right) = socketpair()?;
         let ends = (datagram_end()?, datagram_end()?);
         let (here, there) = (ends.0.getsockname()?, ends.1.getsockname()?);
-        let work: Vec<(usize, Box<dyn FnOnce() -> Result<()> + Send>)> = vec![
+        let work: Vec<(usize, Work)> = vec![
             (0, Box::new(move || serve_stream(&listener))),
             (1, Box::new(move || talk_on_stream(&address))),
             (0, Box::new(move || send_messages(&left))),

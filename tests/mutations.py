@@ -204,6 +204,20 @@ MUTATIONS = [
         test("watched", "what_follows_on_urgent_data_comes_at_the_second_look"),
     ),
     (
+        "2 the end of a stream hides what came with it",
+        "src/driver/attempt.rs",
+        "        let last = self.step(op);\n        Some(last",
+        "        let last = None;\n        let _ = &op;\n        Some(last",
+        lib("driver::attempt::tests::what_comes_with_the_end_of_a_stream_is_received_before_it"),
+    ),
+    (
+        "15 an interrupted first receive is taken for a failure",
+        "src/fiber/mod.rs",
+        "        libc::EINTR => return None,\n        _ => return Some(result),",
+        "        _ => return Some(result),",
+        test("faults", "every_call_of_the_epoll_driver_may_fail"),
+    ),
+    (
         "8 a blocking connect does not wait for an earlier one",
         "src/socket/mod.rs",
         "Err(error) if error.errno() == Some(libc::EALREADY) && timeout_ns < 0 => {",
