@@ -1067,7 +1067,7 @@ where
     }
     // As many as the backlog can hold: of those who still come, some are too late.
     for accepted in 1..=backlog.max(1) {
-        match listener.accept_by_flag().and_then(&start) {
+        match listener.accept_now().and_then(&start) {
             Ok(()) => {}
             Err(error) if error.errno() == Some(libc::ECONNABORTED) => {}
             // EAGAIN: the backlog is empty. Anything else (no descriptor, no memory) is not waited for any more.

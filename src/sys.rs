@@ -730,8 +730,10 @@ pub(crate) fn eventfd() -> Result<OwnedFd> {
 /// Adds one to an eventfd. EAGAIN means its counter is full, so its reader is awake anyway.
 pub(crate) fn ring_eventfd(fd: RawFd) {
     let one = 1u64.to_ne_bytes();
+    // A ring that is lost is a sleeper that nobody wakes.
     // SAFETY: eight bytes are read from the array during the call.
-    unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) };
+    while unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) } < 0 && errno() == libc::EINTR {
+    }
 }
 
 /// An epoll instance.

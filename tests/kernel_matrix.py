@@ -170,7 +170,7 @@ def judge(output, needs_ring, require_fallback):
     passed = (re.findall(r"^kernel_smoke: (\d+ of \d+) checks passed$", output, re.M) or ["none"])[-1]
     driver = said.get("driver", "none")
     if verdict == "pass":
-        ok = driver == "io_uring" or not needs_ring
+        ok = driver == ("io_uring" if needs_ring else "epoll")
     elif verdict == "refused":
         # The sentence has to name what is needed.
         ok = not needs_ring and not require_fallback and "needs Linux" in said.get("refused", "")

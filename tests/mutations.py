@@ -218,6 +218,20 @@ MUTATIONS = [
         test("watched", "each_connection_times_out_on_its_own"),
     ),
     (
+        "2 the end of a stream hides what came with it",
+        "src/driver/attempt.rs",
+        "        let last = self.step(op);\n        Some(last",
+        "        let last = None;\n        let _ = &op;\n        Some(last",
+        lib("driver::attempt::tests::what_comes_with_the_end_of_a_stream_is_received_before_it"),
+    ),
+    (
+        "15 an interrupted first receive is taken for a failure",
+        "src/fiber/mod.rs",
+        "        libc::EINTR => return None,\n        _ => return Some(result),",
+        "        _ => return Some(result),",
+        test("faults", "every_call_of_the_epoll_driver_may_fail"),
+    ),
+    (
         "8 a blocking connect does not wait for an earlier one",
         "src/socket/mod.rs",
         "Err(error) if error.errno() == Some(libc::EALREADY) && timeout_ns < 0 => {",
@@ -325,7 +339,7 @@ MUTATIONS = [
         "src/driver/features.rs",
         "profile: allow io_uring_setup, io_uring_enter and io_uring_register there, for example \\\n",
         "profile, for example \\\n",
-        program("faults", "a_server_that_cannot_start_says_why_in_one_line"),
+        program("drivers", "a_ring_that_was_asked_for_and_is_refused_is_an_error_that_names_the_remedy"),
     ),
     (
         "18 a plain send raises SIGPIPE",

@@ -83,8 +83,9 @@ impl Attempt {
         if !is_shut {
             return None;
         }
-        // The end may have come just now, and with it the last bytes: they are received first.
-        self.step(op).or_else(|| Some(self.ended(0)))
+        // The stream's last bytes may have come with its end, since the step that found nothing. No more come after them.
+        let last = self.step(op);
+        Some(last.unwrap_or_else(|| self.ended(0)))
     }
 
     /// The result of an operation that ends here, without one of its own: the bytes that it has moved, or else `code`.
@@ -248,11 +249,10 @@ mod tests {
         assert_eq!(attempt.step(&mut op), Some(3));
     }
 
-    /// Between a try that found nothing and the look for the end, the last bytes may come, with the end behind them.
     #[test]
-    fn bytes_that_come_with_the_end_are_received_before_it() {
+    fn what_comes_with_the_end_of_a_stream_is_received_before_it() {
         let (left, mut right) = UnixStream::pair().unwrap();
-        let mut buffer = [MaybeUninit::new(0); 8];
+        let mut buffer = [MaybeUninit::uninit(); 8];
         let mut op = Op::Recv {
             fd: left.as_raw_fd(),
             buffer: &mut buffer,
@@ -262,9 +262,10 @@ mod tests {
         let mut attempt = Attempt::NEW;
         assert_eq!(attempt.step(&mut op), None);
         assert_eq!(attempt.at_end(&mut op), None);
-        right.write_all(b"abc").unwrap();
+        // Between the step and the look at the end.
+        right.write_all(b"last").unwrap();
         drop(right);
-        assert_eq!(attempt.at_end(&mut op), Some(3));
+        assert_eq!(attempt.at_end(&mut op), Some(4));
         assert_eq!(attempt.at_end(&mut op), Some(0));
     }
 

@@ -53,6 +53,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use super::attempt::Attempt;
 use super::features::Features;
@@ -76,6 +77,9 @@ const NOBODY: u32 = u32::MAX;
 
 /// How soon a connect is tried again that found a backlog full, and what epoll had no room for.
 const RETRY_NS: i64 = 5_000_000;
+
+/// The pause after an epoll_wait that was refused for want of something.
+const REFUSED_NAP: Duration = Duration::from_millis(1);
 
 /// The longest pause before a descriptor is armed again whose events help nobody: 1 ms doubled so often.
 const VAIN_DOUBLINGS_MAX: u8 = 5;
@@ -322,6 +326,16 @@ impl Epoll {
                             continue;
                         }
                     }
+                    // A seccomp filter that came after the start hides the newer call: the older one does.
+                    libc::ENOSYS | libc::EPERM if self.is_precise => {
+                        self.is_precise = false;
+                        continue;
+                    }
+                    // Only time helps. Whoever waits comes again, once the timers that are due have been looked at.
+                    libc::EAGAIN | libc::ENOMEM => {
+                        counters.enters_refused += 1;
+                        std::thread::sleep(REFUSED_NAP);
+                    }
                     // The instance is not what we made. Going on would leave operations waiting for ever.
                     errno => {
                         eprintln!(
@@ -426,6 +440,14 @@ impl Epoll {
         let wait = &mut self.waits[slot as usize];
         // SAFETY: `prepare`'s caller keeps the operation and its memory until the completion, and does not touch them.
         wait.attempt.step(unsafe { &mut *wait.op })
+    }
+
+    /// What an operation comes to whose descriptor is ready although it would wait, if that is its end.
+    #[cold]
+    fn at_end(&mut self, slot: u32) -> Option<i32> {
+        let wait = &mut self.waits[slot as usize];
+        // SAFETY: `prepare`'s caller keeps the operation and its memory until the completion, and does not touch them.
+        wait.attempt.at_end(unsafe { &mut *wait.op })
     }
 
     fn set_timer(&mut self, slot: u32) {
@@ -605,7 +627,7 @@ impl Epoll {
     #[cold]
     fn arming_failed(&mut self, fd: RawFd, answer: i32) {
         match -answer {
-            libc::ENOSPC | libc::ENOMEM => {
+            libc::ENOSPC | libc::ENOMEM | libc::EAGAIN | libc::EINTR => {
                 let first = self.watched[fd as usize].first;
                 self.retry_later(first, RETRY_NS);
             }
@@ -660,21 +682,19 @@ impl Epoll {
             }
             // SAFETY: `prepare`'s caller keeps it until the completion.
             let op = unsafe { &*wait.op };
+            let is_poll = matches!(op, Op::Poll { .. });
             let is_accept = matches!(op, Op::Accept { .. });
             if is_accept && none_left {
                 continue;
             }
-            let result = match op {
-                Op::Poll { .. } => Some(events as i32),
-                _ => {
-                    let before = wait.attempt;
-                    let stepped = self.step(this);
-                    let wait = &mut self.waits[this as usize];
-                    // A part of all that was asked for, a connect that began: no result, but not in vain.
-                    got_on |= wait.attempt != before;
-                    // SAFETY: as above.
-                    stepped.or_else(|| wait.attempt.at_end(unsafe { &mut *wait.op }))
-                }
+            let result = if is_poll {
+                Some(events as i32)
+            } else {
+                let before = wait.attempt;
+                let stepped = self.step(this);
+                // A part of all that was asked for, a connect that began: no result, but not in vain.
+                got_on |= self.waits[this as usize].attempt != before;
+                stepped.or_else(|| self.at_end(this))
             };
             match result {
                 Some(res) => {
@@ -723,7 +743,7 @@ mod tests {
     use std::net::UdpSocket;
     use std::os::fd::{FromRawFd, IntoRawFd};
     use std::os::unix::net::UnixStream;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     /// A driver, and the operations it was given, which stay where they are.
     struct Bench {

@@ -118,6 +118,16 @@ const fn row(name: &'static str, opcode: u8, since: &'static str) -> OpInfo {
 }
 
 impl Op<'_> {
+    /// [`attempt`](Op::attempt), made again where a signal came between.
+    pub(crate) fn attempt_despite_signals(&mut self) -> i32 {
+        loop {
+            match self.attempt() {
+                code if code == -libc::EINTR => {}
+                result => return result,
+            }
+        }
+    }
+
     /// Runs the operation as one system call that does not wait, whatever the descriptor's `O_NONBLOCK` says: 0 or more as
     /// the operation's own result, `-EAGAIN` when it would have to wait, another negative errno when it failed.
     ///

@@ -596,8 +596,11 @@ pub(crate) fn attempt_in_turn(op: &mut Op<'_>, timed: bool, receives: bool) -> O
 #[cold]
 #[inline(never)]
 fn attempt_failed(turn: Turn, op: &mut Op<'_>, result: i32) -> Option<i32> {
-    if result != -libc::EAGAIN {
-        return Some(result);
+    match -result {
+        libc::EAGAIN => {}
+        // The driver makes it again.
+        libc::EINTR => return None,
+        _ => return Some(result),
     }
     turn.fiber.forecast.found_nothing();
     op.found_nothing();
@@ -679,12 +682,18 @@ impl Borrower {
         // A lease waits by readiness first and is received by a plain call in any case, so a crowd changes nothing.
         let turn = await_turn_of(self.turn).ok()?;
         let received = self.receive_now(fd, out);
-        if received == -libc::EAGAIN {
-            turn.fiber.forecast.found_nothing();
-            return None;
+        match -received {
+            libc::EAGAIN => {
+                turn.fiber.forecast.found_nothing();
+                None
+            }
+            // Made again, when the socket is readable.
+            libc::EINTR => None,
+            _ => {
+                turn.fiber.forecast.found();
+                Some(received)
+            }
         }
-        turn.fiber.forecast.found();
-        Some(received)
     }
 
     /// Receives without waiting.
@@ -843,7 +852,7 @@ fn when_ready(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Direc
         if ready < 0 {
             return ready;
         }
-        match op.attempt() {
+        match op.attempt_despite_signals() {
             // Readiness need not mean success, so an end of time must be seen here, too.
             code if code == -libc::EAGAIN && left_ns == 0 => return outcome::TIMED_OUT,
             code if code == -libc::EAGAIN => {}

@@ -130,7 +130,7 @@ impl Socket {
                 code if code < 0 => return Err(error_from_outcome(code)),
                 _ => {}
             }
-            match (op.attempt(), to) {
+            match (op.attempt_despite_signals(), to) {
                 // (A SOCK_SEQPACKET's address means nothing.)
                 (code, Some(address))
                     if code == -libc::EAGAIN

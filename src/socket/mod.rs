@@ -435,7 +435,8 @@ impl Socket {
             fd: self.0.fd,
             address: &mut address,
         };
-        let fd = sys::check(self.0.inflight.exclusively(|| op.attempt()))?;
+        let attempt = || op.attempt_despite_signals();
+        let fd = sys::check(self.0.inflight.exclusively(attempt))?;
         self.accepted(fd, &address)
     }
 
@@ -1512,7 +1513,7 @@ impl Socket {
     #[inline(never)]
     fn run_specially(&self, op: &mut Op<'_>, direction: Direction, timeout_ns: i64) -> i32 {
         if timeout_ns == NON_BLOCKING {
-            return self.0.inflight.exclusively(|| op.attempt());
+            return self.0.inflight.exclusively(|| op.attempt_despite_signals());
         }
         self.wait_by_option(op, direction)
     }
@@ -1572,12 +1573,7 @@ impl Socket {
 
     /// The operation's result without waiting, in any mode.
     fn attempt(&self, mut op: Op<'_>) -> Result<usize> {
-        loop {
-            match op.attempt() {
-                code if code == -libc::EINTR => {}
-                code => return sys::check(code).map(|count| count as usize),
-            }
-        }
+        sys::check(op.attempt_despite_signals()).map(|count| count as usize)
     }
 }
 

@@ -135,13 +135,17 @@ impl Socket {
     #[inline(always)]
     pub(crate) fn recv_told(&self, buffer: &mut [MaybeUninit<u8>]) -> (i32, bool) {
         let len = buffer.len();
-        let (code, divided) = if self.0.family == AF_UNIX {
-            // A receive stops behind descriptors, and between senders where credentials are asked for; both leave a trace.
-            let (code, flags) = sys::recv_with_flags(self.0.fd, buffer, libc::MSG_DONTWAIT);
-            (code, flags & libc::MSG_CTRUNC != 0)
-        } else {
-            let code = sys::recv(self.0.fd, buffer, libc::MSG_DONTWAIT);
-            (code, false)
+        let (code, divided) = loop {
+            let told = if self.0.family == AF_UNIX {
+                // A receive stops behind descriptors, and between senders where credentials are asked for; both leave a trace.
+                let (code, flags) = sys::recv_with_flags(self.0.fd, buffer, libc::MSG_DONTWAIT);
+                (code, flags & libc::MSG_CTRUNC != 0)
+            } else {
+                (sys::recv(self.0.fd, buffer, libc::MSG_DONTWAIT), false)
+            };
+            if told.0 != -libc::EINTR {
+                break told;
+            }
         };
         (code, code > 0 && (code as usize) < len && !divided)
     }
