@@ -723,6 +723,7 @@ fn probe(ring: &IoUring, features: &mut Features) -> Result<bool> {
         ("ASYNC_CANCEL", opcode::AsyncCancel::CODE, "5.5"),
         ("LINK_TIMEOUT", opcode::LinkTimeout::CODE, "5.5"),
         ("MSG_RING", opcode::MsgRingData::CODE, "5.18"),
+        ("TIMEOUT_REMOVE", opcode::TimeoutUpdate::CODE, "5.5"),
     ];
     let rows = OPS.iter().map(|row| (row.name, row.opcode, row.since));
     for (name, code, since) in rows.chain(engine) {
