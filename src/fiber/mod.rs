@@ -168,8 +168,8 @@ pub(crate) struct Fiber {
 const _: () = assert!(std::mem::offset_of!(Fiber, unwinds) < 64);
 const _: () = assert!(std::mem::offset_of!(Fiber, slot) < 128);
 
-/// Whether trying first is likely to find something, as a fiber's plain receive, a listener's plain accept or a worker's spin: after a try in vain 1, 3, 7, …
-/// waits are not preceded by one, until one finds something again.
+/// Whether trying first is likely to find something, as a fiber's plain receive, a listener's plain accept or a worker's spin: after
+/// a try in vain 1, 3, 7, … waits are not preceded by one, until one finds something again.
 pub(crate) struct Forecast {
     /// Waits that are not worth a try.
     skip: Cell<u8>,
