@@ -86,7 +86,7 @@ fn total_of(
     command.push(joined("--callgrind-out-file=", &out));
     command.push(joined("--vgdb-prefix=", &prefix));
     let backend = runner.backend(cell)?;
-    command.extend(runner.command(cell, contender, &backend));
+    command.extend(runner.command(cell, contender, &backend, 0));
     let mut server = Process::hold(runner.server_cpu(), &command)?;
     let address = process::listen(&mut server)?;
     runner.load_all(cell, &address, messages)?;

@@ -10,10 +10,15 @@
 
 use std::fs;
 use std::io;
+use std::time::{Duration, Instant};
 
 use perf_event::events::{Hardware, Software, Tracepoint};
 use perf_event::{Builder, Counter};
 use serde::{Deserialize, Serialize};
+
+/// How long a look at a process waits for it to sleep, and the longest it does.
+const SETTLE_STEP: Duration = Duration::from_micros(50);
+const SETTLE_MAX: Duration = Duration::from_millis(20);
 
 /// What verdicts rest on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -193,6 +198,38 @@ pub fn cpu_time_ns(pid: libc::pid_t) -> io::Result<f64> {
     Ok(own_cpu_time_ns(pid)? + children.sum::<io::Result<f64>>()?)
 }
 
+/// Waits until a process and its children sleep, for a while at most: one that never sleeps is read as it runs.
+///
+/// The clock of a process that runs on another processor is as of the last tick or switch there, some milliseconds ago at worst
+/// (read_sum_exec_runtime in kernel/sched/cputime.c is exact for one's own threads only). Who still works after its last echo would have
+/// that taken off.
+pub fn settle(pid: libc::pid_t) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        // Before the first look, too: a thread that is about to sleep says that it does a moment before its time is counted.
+        std::thread::sleep(SETTLE_STEP);
+        let mut all = std::iter::once(pid).chain(children(pid));
+        if !all.any(runs) || start.elapsed() > SETTLE_MAX {
+            return Ok(());
+        }
+    }
+}
+
+/// Whether any thread of a process runs or wants to.
+fn runs(pid: libc::pid_t) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter();
+    threads.flatten().flatten().any(|thread| {
+        // A thread that has ended in the meantime does not run.
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        state_of(&stat) == Some('R')
+    })
+}
+
+/// The state in a thread's `stat`, which follows its name in parentheses.
+fn state_of(stat: &str) -> Option<char> {
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
 /// The children that a process's first thread has started and that have not ended.
 fn children(pid: libc::pid_t) -> Vec<libc::pid_t> {
     let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
@@ -313,6 +350,34 @@ mod tests {
         });
         let worked = worked.join().unwrap();
         assert!(cpu_time_ns(pid).unwrap() - before >= worked);
+    }
+
+    #[test]
+    fn a_process_at_rest_has_all_of_its_time_in_its_clock() {
+        let stat = "17 (a) R (b) S 1 17 17 0 -1";
+        assert_eq!(state_of(stat), Some('S'));
+        // It works for less than a tick, and sleeps then.
+        let script =
+            "while read line; do n=0; while [ $n -lt 2000 ]; do n=$((n + 1)); done; echo; done";
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", script])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = child.id() as libc::pid_t;
+        let (mut go, mut done) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        for _ in 0..20 {
+            use std::io::{Read, Write};
+            go.write_all(b"\n").unwrap();
+            done.read_exact(&mut [0]).unwrap();
+            settle(pid).unwrap();
+            let at_rest = cpu_time_ns(pid).unwrap();
+            std::thread::sleep(Duration::from_millis(10));
+            assert_eq!(cpu_time_ns(pid).unwrap(), at_rest);
+        }
+        drop(go);
+        child.wait().unwrap();
     }
 
     #[test]

@@ -43,9 +43,6 @@ pub struct ContenderResult {
     /// How it failed.
     pub broken: Option<String>,
     pub rounds: Vec<Round>,
-    /// Runs after the rounds, of contenders whose minimum only one round had seen. Only the minimum comes from them, too.
-    #[serde(default)]
-    pub extra: Vec<Round>,
     pub paced: Vec<Paced>,
     /// System calls and context switches per message.
     pub calls: Option<f64>,
@@ -61,8 +58,8 @@ pub struct Round {
     pub seconds: f64,
     pub messages_per_second: f64,
     pub cpu_ns: f64,
-    /// What a message cost in each slice of the run, in the run's measure.
-    #[serde(default)]
+    /// What a message cost in each slice of the round, in the run's measure. The slices of a pass are one place in the rounds of
+    /// all contenders.
     pub slices: Vec<f64>,
     pub hardware: Option<Hard>,
     pub p50_us: f64,
@@ -73,9 +70,8 @@ pub struct Round {
     pub lost: f64,
     /// Where something disturbs the messages: their p99 before it.
     pub calm_p99_us: Option<f64>,
-    /// The share of a processor that the hypervisor took away, and how often the run was repeated for it.
+    /// The share of a processor that the hypervisor took away.
     pub stolen: f64,
-    pub repeats: u32,
     pub idle: Option<IdleMemory>,
 }
 
@@ -116,35 +112,15 @@ impl CellResult {
     }
 }
 
-impl Round {
-    /// What a message cost, all in all.
-    fn cost(&self, measure: Measure) -> f64 {
-        match (measure, self.hardware) {
-            (Measure::Cycles, Some(hard)) => hard.cycles_user + hard.cycles_kernel,
-            _ => self.cpu_ns,
-        }
-    }
-}
-
 impl ContenderResult {
-    /// What a message cost in each round.
-    pub fn costs(&self, measure: Measure) -> Vec<f64> {
-        self.rounds
-            .iter()
-            .map(|round| round.cost(measure))
-            .collect()
+    pub fn has_not_failed(&self) -> bool {
+        self.cannot.is_none() && self.broken.is_none()
     }
 
-    /// What a message cost in the cheapest slice of each run.
-    pub fn cheapest(&self, measure: Measure) -> Vec<f64> {
-        (self.rounds.iter().chain(&self.extra))
-            .map(|round| {
-                let slices = round.slices.iter().copied();
-                slices
-                    .reduce(f64::min)
-                    .unwrap_or_else(|| round.cost(measure))
-            })
-            .collect()
+    /// What a message cost in each slice, pass by pass over all rounds.
+    pub fn slices(&self) -> Vec<f64> {
+        let slices = self.rounds.iter().flat_map(|round| &round.slices);
+        slices.copied().collect()
     }
 
     /// Instructions of a message, user and kernel, in each round that has them.

@@ -1,9 +1,8 @@
 //! The harness: runs contenders and loads against one another and reports.
 //!
-//! A run is rounds of cells of contenders: each round goes through all cells, and in each cell through all its contenders, whose order
-//! rotates. So a cell's contenders are neighbours in time, and its rounds are spread over the whole run. Each turn is a
-//! fresh server on one processor and a load on another ([`runner`]). Whose minimum only one round has seen takes more turns
-//! ([`confirm`]). After the timed rounds come runs that are not timed: paced ones
+//! A run is rounds of cells of contenders: each round goes through all cells, and in each cell all contenders are alive at once, with
+//! a fresh server each, all on one processor, and a load each on another, and take turns ([`runner`]). So a cell's contenders are
+//! neighbours in time, and its rounds are spread over the whole run. After the timed rounds come runs that are not timed: paced ones
 //! for latency, and such as count system calls, which would slow a timed run. What came of it all is a [`json::Run`], from which
 //! [`report`] and [`plot`] make everything a person reads.
 
@@ -56,7 +55,7 @@ pub struct HarnessArgs {
     /// One more contender: a command that takes the options of `serve`.
     #[arg(long, value_name = "NAME=COMMAND", value_parser = Contender::also)]
     also: Vec<Contender>,
-    /// Rounds of timed runs [default: 7, with --quick 2].
+    /// Timed rounds [default: 5, with --quick 2].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
     /// List cells and contenders, and run nothing.
@@ -99,11 +98,9 @@ pub struct HarnessArgs {
     command: Vec<OsString>,
 }
 
-/// A minimum is confirmed if another run came as close as this to it.
-const CONFIRMED: f64 = 0.02;
-
-/// Two runs agree if no ratio differs by more than this share.
-const AGREEMENT: f64 = 0.05;
+/// How often each contender has its turn in a timed round, and in one of a quick run.
+const PASSES: usize = 24;
+const QUICK_PASSES: usize = 4;
 
 /// Runs the comparison.
 pub fn run(args: HarnessArgs) -> ExitCode {
@@ -160,8 +157,8 @@ fn compare(args: &HarnessArgs) -> io::Result<bool> {
     }
     if let Some(earlier) = earlier {
         let agreement = verdicts::agreement(&run, &earlier)?;
-        println!("{}", agreement.sentence);
-        well &= agreement.difference <= AGREEMENT;
+        println!("\n{}", agreement.sentences);
+        well &= agreement.difference <= verdicts::AGREEMENT;
     }
     Ok(well)
 }
@@ -266,8 +263,9 @@ fn measure(args: &HarnessArgs, root: &Path) -> io::Result<Option<Run>> {
         _ if args.untimed => 0,
         Some(rounds) => rounds as usize,
         None if args.quick => 2,
-        None => 7,
+        None => 5,
     };
+    let passes = if args.quick { QUICK_PASSES } else { PASSES };
     let start = Instant::now();
     let runner = Runner::new(args.server_cpu, args.load_cpu)?;
     let mut results: Vec<CellResult> = (turns.iter())
@@ -286,27 +284,12 @@ fn measure(args: &HarnessArgs, root: &Path) -> io::Result<Option<Run>> {
 
     for round in 0..rounds {
         for ((cell, part), result) in turns.iter().zip(&mut results) {
-            for turn in 0..part.len() {
-                let which = (turn + round) % part.len();
-                step(
-                    &progress,
-                    cell,
-                    part[which],
-                    &mut result.contenders[which],
-                    |into| {
-                        if cell.kind == Kind::Idle && round > 0 {
-                            return Ok(()); // Memory does not vary.
-                        }
-                        let timed = runner.timed(cell, part[which], round)?;
-                        into.rounds.push(timed);
-                        Ok(())
-                    },
-                );
+            if cell.kind == Kind::Idle && round > 0 {
+                progress.inc(part.len() as u64);
+                continue; // Memory does not vary.
             }
+            round_of(&runner, &progress, cell, part, result, round, passes);
         }
-    }
-    if !args.quick {
-        confirm(&runner, &progress, &turns, &mut results, rounds);
     }
     for ((cell, part), result) in turns
         .iter()
@@ -376,32 +359,29 @@ fn measure(args: &HarnessArgs, root: &Path) -> io::Result<Option<Run>> {
     }))
 }
 
-/// Runs those again whose minimum is not confirmed yet, each as often as there were rounds at most. The rule knows no names.
-fn confirm(
+/// A timed round of a cell, of those contenders that have not failed before.
+fn round_of(
     runner: &Runner,
     progress: &ProgressBar,
-    turns: &[(Cell, Vec<&Contender>)],
-    results: &mut [CellResult],
-    rounds: usize,
+    cell: &Cell,
+    part: &[&Contender],
+    result: &mut CellResult,
+    round: usize,
+    passes: usize,
 ) {
-    for extra in 0..rounds {
-        for ((cell, part), result) in turns.iter().zip(&mut *results) {
-            if cell.kind == Kind::Idle {
-                continue; // Memory does not vary.
-            }
-            for (contender, into) in part.iter().zip(&mut result.contenders) {
-                if stats::is_confirmed(&into.cheapest(runner.measure), CONFIRMED) {
-                    continue;
-                }
-                progress.inc_length(1);
-                step(progress, cell, contender, into, |into| {
-                    let timed = runner.timed(cell, contender, rounds + extra)?;
-                    into.extra.push(timed);
-                    Ok(())
-                });
-            }
-        }
+    progress.set_message(cell.name.clone());
+    let start = Instant::now();
+    let (able, into): (Vec<&Contender>, Vec<&mut ContenderResult>) = (part.iter())
+        .zip(&mut result.contenders)
+        .filter(|(_, into)| into.has_not_failed())
+        .map(|(contender, into)| (*contender, into))
+        .unzip();
+    let rounds = runner.timed(cell, &able, round, passes);
+    for (into, outcome) in into.into_iter().zip(rounds) {
+        let outcome = outcome.map(|timed| into.rounds.push(timed));
+        tell(progress, cell, into, start, outcome);
     }
+    progress.inc(part.len() as u64);
 }
 
 fn result_of(contender: &Contender) -> ContenderResult {
@@ -419,24 +399,34 @@ fn step(
     result: &mut ContenderResult,
     turn: impl FnOnce(&mut ContenderResult) -> Result<(), Failure>,
 ) {
-    if result.cannot.is_none() && result.broken.is_none() {
+    if result.has_not_failed() {
         progress.set_message(format!("{}: {}", cell.name, contender.name));
         let start = Instant::now();
         let outcome = turn(result);
-        if progress.is_hidden() {
-            // Where no bar can be drawn, a log is told.
-            let seconds = start.elapsed().as_secs_f64();
-            let how = outcome.as_ref().err();
-            let how = how.map_or_else(String::new, |how| format!(": {how:?}"));
-            eprintln!("{seconds:6.2} s  {}: {}{how}", cell.name, contender.name);
-        }
-        match outcome {
-            Ok(()) => {}
-            Err(Failure::Cannot(reason)) => result.cannot = Some(reason),
-            Err(Failure::Broken(how)) => result.broken = Some(how),
-        }
+        tell(progress, cell, result, start, outcome);
     }
     progress.inc(1);
+}
+
+/// Keeps a failure, and tells a log of the turn where no bar can be drawn.
+fn tell(
+    progress: &ProgressBar,
+    cell: &Cell,
+    result: &mut ContenderResult,
+    start: Instant,
+    outcome: Result<(), Failure>,
+) {
+    if progress.is_hidden() {
+        let seconds = start.elapsed().as_secs_f64();
+        let how = outcome.as_ref().err();
+        let how = how.map_or_else(String::new, |how| format!(": {how:?}"));
+        eprintln!("{seconds:6.2} s  {}: {}{how}", cell.name, result.name);
+    }
+    match outcome {
+        Ok(()) => {}
+        Err(Failure::Cannot(reason)) => result.cannot = Some(reason),
+        Err(Failure::Broken(how)) => result.broken = Some(how),
+    }
 }
 
 /// The bar is drawn between runs only: a timer would wake up beside them.

@@ -155,13 +155,13 @@ fn canvas(path: &Path, width: i32, height: i32) -> io::Result<Area<'_>> {
 }
 
 fn ratios(run: &Run, path: &Path) -> io::Result<Option<String>> {
-    let title = "Cost of a message against epoll (minimum over rounds)";
+    let title = "Cost of a message against epoll (median)";
     let how = "epoll's is the better of level- and edge-triggered; connections × bytes × messages in flight on each";
     heat_map(run, path, Lineup::Main, title, how)
 }
 
 fn proxies(run: &Run, path: &Path) -> io::Result<Option<String>> {
-    let title = "Cost of a message through a proxy against the epoll proxy's (minimum over rounds)";
+    let title = "Cost of a message through a proxy against the epoll proxy's (median)";
     let how = "the proxy stands between an epoll server and its clients; connections × bytes";
     heat_map(run, path, Lineup::Proxy, title, how)
 }
@@ -185,7 +185,7 @@ fn heat_map(
     let known = |cell: &&CellResult| {
         names
             .iter()
-            .any(|name| verdicts::against_epoll(run, cell, name).is_some())
+            .any(|name| verdicts::against_epoll(cell, name).is_some())
     };
     let cells: Vec<&CellResult> = cells.into_iter().filter(known).collect();
     if cells.is_empty() {
@@ -234,13 +234,13 @@ fn heat_map(
             .draw(&area, NAMES - 10, middle)?;
         for (column, cell) in cells.iter().enumerate() {
             let left = NAMES + column as i32 * TILE.0;
-            let ratio = verdicts::against_epoll(run, cell, name);
+            let ratio = verdicts::against_epoll(cell, name);
             let broken = cell
                 .contender(name)
                 .is_some_and(|each| each.broken.is_some());
             let (fill, text) = match ratio {
                 _ if broken => (EMPTY, "failed".to_owned()),
-                Some(ratio) => (colour(ratio.minimum), format!("{:.2}", ratio.minimum)),
+                Some(ratio) => (colour(ratio.median), format!("{:.2}", ratio.median)),
                 None => (EMPTY, "–".to_owned()),
             };
             rectangle(

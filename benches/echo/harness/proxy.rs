@@ -124,7 +124,7 @@ pub fn figures(run: &Run, tolerances: &[Tolerance]) -> Vec<Figure> {
         let all = (run.cells.iter().zip(tolerances))
             .filter(|(cell, _)| is_of(cell, target.large))
             .filter_map(|(cell, tolerance)| {
-                let (rival, ratio) = against_best(run, cell, target.ours, target.rivals)?;
+                let (rival, ratio) = against_best(cell, target.ours, target.rivals)?;
                 Some(judged(cell, tolerance, rival, ratio, target.limit))
             })
             .collect();
@@ -153,14 +153,12 @@ fn is_of(cell: &CellResult, large: bool) -> bool {
 
 /// Against whichever of the rivals ours is worst against.
 fn against_best(
-    run: &Run,
     cell: &CellResult,
     ours: &str,
     rivals: &[&'static str],
 ) -> Option<(&'static str, Ratio)> {
-    let ratios =
-        (rivals.iter()).filter_map(|rival| Some((*rival, against(run, cell, ours, rival)?)));
-    ratios.max_by(|a, b| a.1.minimum.total_cmp(&b.1.minimum))
+    let ratios = (rivals.iter()).filter_map(|rival| Some((*rival, against(cell, ours, rival)?)));
+    ratios.max_by(|a, b| a.1.calm.total_cmp(&b.1.calm))
 }
 
 /// The ratio of two latencies at a rate that all keep up with, each the median over the paced runs.
@@ -208,10 +206,11 @@ pub fn slowdown(cell: &CellResult, name: &str) -> Option<f64> {
 fn once(cell: &CellResult, rival: &str, ratio: f64, limit: f64, tolerance: f64) -> Judged {
     let ratio = Ratio {
         minimum: ratio,
+        calm: ratio,
         median: ratio,
     };
     let tolerance = Tolerance {
-        minimum: tolerance,
+        calm: tolerance,
         median: tolerance,
     };
     judged(cell, &tolerance, rival, ratio, limit)

@@ -7,7 +7,7 @@ use super::counters::Measure;
 use super::json::{CellResult, ContenderResult, Run};
 use super::plot::Plot;
 use super::proxy;
-use super::stats::{Verdict, median, minimum};
+use super::stats::{Ratio, Verdict, median, minimum};
 use super::verdicts::{self, Figure, Judged};
 
 /// What stands for nothing.
@@ -130,20 +130,19 @@ pub fn markdown(run: &Run, plots: &[Plot], prefix: &str) -> String {
 
 /// A sentence or two about what was measured and how well.
 fn conditions(run: &Run) -> String {
-    let contenders = run.cells.iter().flat_map(|cell| &cell.contenders);
-    let extra: usize = contenders.map(|contender| contender.extra.len()).sum();
-    let repeats: u32 = all_rounds(run).map(|round| round.repeats).sum();
-    let stolen = all_rounds(run)
-        .map(|round| round.stolen)
-        .fold(0.0, f64::max);
+    let stolen: Vec<f64> = all_rounds(run).map(|round| round.stolen).collect();
+    let most = stolen.iter().copied().fold(0.0, f64::max);
+    let slices = all_rounds(run).map(|round| round.slices.len()).max();
     let mut out = format!(
-        "{} {} round{} and {extra} runs to confirm minima, in {:.0} min; runs repeated because the hypervisor took time: {repeats}; most it took of a run that counts: \
-         {:.1} %.",
+        "{} {} round{} of at most {} slices for each, in {:.0} min; of a round the hypervisor took {:.1} % in the middle and {:.1} % at \
+         most.",
         run.measure.sentence(),
         run.rounds,
         if run.rounds == 1 { "" } else { "s" },
+        slices.unwrap_or_default(),
         run.seconds / 60.0,
-        100.0 * stolen,
+        100.0 * median(&stolen).unwrap_or_default(),
+        100.0 * most,
     );
     let tolerances = verdicts::tolerances(run);
     let compared: Vec<_> = (run.cells.iter().zip(&tolerances))
@@ -166,8 +165,8 @@ fn conditions(run: &Run) -> String {
         };
         write!(
             out,
-            " Epoll against itself differs by ε = {} in the minimum and {} in the median: verdicts allow for each cell's own ε.",
-            of(|tolerance| tolerance.minimum),
+            " Epoll against itself differs by ε = {} in the calm passes and {} in all: verdicts allow for each cell's own ε.",
+            of(|tolerance| tolerance.calm),
             of(|tolerance| tolerance.median),
         )
         .expect("to a string");
@@ -180,10 +179,10 @@ fn conditions(run: &Run) -> String {
 
 fn all_rounds(run: &Run) -> impl Iterator<Item = &super::json::Round> {
     let contenders = run.cells.iter().flat_map(|cell| &cell.contenders);
-    contenders.flat_map(|contender| contender.rounds.iter().chain(&contender.extra))
+    contenders.flat_map(|contender| &contender.rounds)
 }
 
-/// Cells by contenders: the minimum's ratio to epoll.
+/// Cells by contenders: the median ratio to epoll.
 fn ratios(run: &Run) -> String {
     let tables = [Lineup::Main, Lineup::Proxy].map(|lineup| ratios_in(run, lineup));
     let tables: Vec<String> = (tables.into_iter())
@@ -194,7 +193,7 @@ fn ratios(run: &Run) -> String {
 
 fn ratios_in(run: &Run, lineup: Lineup) -> String {
     let names = verdicts::names(run, lineup);
-    let mut head = vec!["minimum / epoll's"];
+    let mut head = vec!["median / epoll's"];
     head.extend(names.iter().map(String::as_str));
     head.push("ε");
     let mut table = Table::new(&head);
@@ -207,14 +206,14 @@ fn ratios_in(run: &Run, lineup: Lineup) -> String {
     {
         let mut row = vec![cell.cell.name.clone()];
         for name in &names {
-            let ratio = verdicts::against_epoll(run, cell, name);
+            let ratio = verdicts::against_epoll(cell, name);
             row.push(match (cell.contender(name), ratio) {
                 (Some(contender), _) if contender.broken.is_some() => "FAILED".to_owned(),
-                (_, Some(ratio)) => format!("{:.2}", ratio.minimum),
+                (_, Some(ratio)) => format!("{:.2}", ratio.median),
                 _ => NOTHING.to_owned(),
             });
         }
-        row.push(format!("{:.3}", tolerance.minimum));
+        row.push(format!("{:.3}", tolerance.median));
         table.push(row);
     }
     if table.rows.len() == 1 {
@@ -236,6 +235,7 @@ fn details(run: &Run, cell: &CellResult) -> String {
         &cheapest,
         &middle,
         "min/epoll",
+        "calm/epoll",
         "med/epoll",
         "messages/s",
     ];
@@ -272,11 +272,12 @@ fn details(run: &Run, cell: &CellResult) -> String {
         let number = |value: Option<f64>, digits: usize| {
             value.map_or_else(|| NOTHING.to_owned(), |value| format!("{value:.digits$}"))
         };
-        let cost = verdicts::cost(run, contender);
+        let cost = verdicts::cost(contender);
         row.push(number(cost.map(|cost| cost.0), 0));
         row.push(number(cost.map(|cost| cost.1), 0));
-        let ratio = verdicts::against_epoll(run, cell, &contender.name);
+        let ratio = verdicts::against_epoll(cell, &contender.name);
         row.push(number(ratio.map(|ratio| ratio.minimum), 3));
+        row.push(number(ratio.map(|ratio| ratio.calm), 3));
         row.push(number(ratio.map(|ratio| ratio.median), 3));
         row.push(number(
             median(&contender.each(|round| round.messages_per_second)),
@@ -426,7 +427,7 @@ fn judgement(run: &Run) -> String {
     if figures.is_empty() {
         return String::new();
     }
-    let mut table = Table::new(&["figure", "holds in", "", "worst by minimum"]);
+    let mut table = Table::new(&["figure", "holds in", "", "worst, calm and median"]);
     for figure in &figures {
         table.push(vec![
             figure.claim.clone(),
@@ -444,10 +445,10 @@ fn judgement(run: &Run) -> String {
     let mut missed = Table::new(&[
         "limit + ε exceeded",
         "against",
-        "minimum",
+        "calm",
         "median",
         "limit",
-        "ε min",
+        "ε calm",
         "ε median",
     ]);
     let mut seen: Vec<&Judged> = Vec::new();
@@ -464,10 +465,10 @@ fn judgement(run: &Run) -> String {
             missed.push(vec![
                 judged.cell.clone(),
                 judged.rival.clone(),
-                marked(judged.ratio.minimum, judged.minimum()),
+                marked(judged.ratio.calm, judged.calm()),
                 marked(judged.ratio.median, judged.median()),
                 format!("{:.2}", judged.limit),
-                format!("{:.3}", judged.tolerance.minimum),
+                format!("{:.3}", judged.tolerance.calm),
                 format!("{:.3}", judged.tolerance.median),
             ]);
         }
@@ -479,12 +480,14 @@ fn judgement(run: &Run) -> String {
 }
 
 fn worst(figure: &Figure) -> String {
-    let by_minimum = |a: &&Judged, b: &&Judged| {
-        (a.ratio.minimum / a.limit).total_cmp(&(b.ratio.minimum / b.limit))
-    };
-    let worst = figure.judged.iter().max_by(by_minimum);
+    let worse = |judged: &Judged| judged.ratio.calm.max(judged.ratio.median) / judged.limit;
+    let worst = figure
+        .judged
+        .iter()
+        .max_by(|a, b| worse(a).total_cmp(&worse(b)));
     worst.map_or_else(String::new, |worst| {
-        format!("{:.3} in {}", worst.ratio.minimum, worst.cell)
+        let Ratio { calm, median, .. } = worst.ratio;
+        format!("{calm:.3}, {median:.3} in {}", worst.cell)
     })
 }
 

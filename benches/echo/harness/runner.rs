@@ -1,4 +1,7 @@
-//! One turn: a fresh server on one processor, a load on the other, and the server's counters exactly around the measured messages.
+//! Turns: servers on one processor, loads on the other, and a server's counters exactly around the measured messages.
+//!
+//! In a timed round all contenders of a cell are alive at once, and take turns of some 30 ms ([`Runner::together`]): one works
+//! while the others sleep.
 
 use std::ffi::OsString;
 use std::fs;
@@ -16,12 +19,11 @@ use super::process::{self, Failure, Process};
 
 /// The longest a load may say nothing; it gives up by itself before, on a server that does nothing.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// A run is repeated if the hypervisor took more than this share of either processor…
-const STOLEN_MAX: f64 = 0.02;
-/// …but not more often than this.
-const REPEATS_MAX: u32 = 3;
-/// Parts of a timed run, each short enough to fall between two disturbances of the machine now and then.
-const SLICES: u64 = 8;
+/// How many slices make up a cell's messages: of the 0.4 s that these take, one has some 30 ms, long enough for the connections
+/// to be busy, short enough for two in a row to see the same machine.
+const SLICES: u64 = 12;
+/// The share of a slice's messages that goes before it unmeasured, to warm up what others have cooled; a connection has two at least.
+const LEAD_IN: u64 = 8;
 /// How long a paced run is, in seconds.
 const PACED_SECONDS: f64 = 0.5;
 
@@ -33,12 +35,62 @@ pub struct Runner {
     pub scratch: PathBuf,
 }
 
+/// A server and the load on it, between two slices. `T` is what is read before and after each.
+struct Seat<'a, T> {
+    server: Process,
+    load: Process,
+    /// What a proxy stands in front of.
+    _backend: Option<(Process, String)>,
+    read: Box<dyn FnMut() -> io::Result<T> + 'a>,
+    slices: Vec<(T, T)>,
+}
+
 /// What was read before and after the measured messages, slice by slice, and what the load found.
 struct Window<T> {
     slices: Vec<(T, T)>,
     load: Value,
     peak_rss_kib: f64,
-    stolen: f64,
+}
+
+/// What is read around the slices of a timed round.
+type Cost = (f64, Option<Hard>);
+
+impl<T> Seat<'_, T> {
+    /// Has a slice's messages sent. The load has said that it begins; it says the end.
+    fn slice(&mut self) -> Result<(), Failure> {
+        let before = self.read_at_rest()?;
+        self.load.go()?;
+        expect(&mut self.load, "end")?;
+        let after = self.read_at_rest()?;
+        self.slices.push((before, after));
+        Ok(())
+    }
+
+    /// A server may still be busy after its last echo, and what it uses while it runs is not in its clock yet.
+    fn read_at_rest(&mut self) -> io::Result<T> {
+        counters::settle(self.server.pid())?;
+        (self.read)()
+    }
+
+    /// Ends a pause: the load leads in to the next slice and says that it begins.
+    fn resume(&mut self) -> Result<(), Failure> {
+        self.load.go()?;
+        expect(&mut self.load, "begin")
+    }
+
+    /// Ends it all, after the last slice.
+    fn close(mut self) -> Result<Window<T>, Failure> {
+        self.load.go()?;
+        let report = parse(&self.load.line(LOAD_TIMEOUT)?)?;
+        self.load.finish(LOAD_TIMEOUT)?;
+        let peak_rss_kib = counters::memory_kib(self.server.pid(), "VmHWM")?;
+        self.server.stop();
+        Ok(Window {
+            slices: self.slices,
+            load: report,
+            peak_rss_kib,
+        })
+    }
 }
 
 impl Runner {
@@ -61,47 +113,109 @@ impl Runner {
         ))
     }
 
-    /// A timed run, again if too much of its time was stolen: then the one that lost least counts.
+    /// A timed round of a cell: what each contender did, in their order. Where the load can pause, they take turns of a slice,
+    /// `passes` each; where it cannot, a whole run each.
     pub fn timed(
         &self,
         cell: &Cell,
-        contender: &Contender,
+        contenders: &[&Contender],
         round: usize,
-    ) -> Result<Round, Failure> {
-        let mut best: Option<Round> = None;
-        for repeats in 0..=REPEATS_MAX {
-            let once = match cell.kind {
-                Kind::Idle => self.idle(cell, contender)?,
-                _ => self.timed_once(cell, contender)?,
-            };
-            let stolen = once.stolen;
-            if best.as_ref().is_none_or(|best| stolen < best.stolen) {
-                best = Some(Round { round, ..once });
+        passes: usize,
+    ) -> Vec<Result<Round, Failure>> {
+        let stolen = counters::stolen_ticks(&self.cpus).ok();
+        let mut rounds = match cell.kind {
+            Kind::Idle => (contenders.iter())
+                .map(|contender| self.idle(cell, contender))
+                .collect(),
+            Kind::Stalled => (contenders.iter())
+                .map(|contender| self.alone(cell, contender))
+                .collect(),
+            Kind::Echo | Kind::Churn | Kind::Fanout => {
+                self.together(cell, contenders, round, passes)
             }
-            if let Some(best) = &mut best {
-                best.repeats = repeats;
-            }
-            if stolen <= STOLEN_MAX {
-                break;
-            }
+        };
+        let after = counters::stolen_ticks(&self.cpus).ok();
+        let stolen = stolen.zip(after);
+        let stolen = stolen.map_or(0.0, |(before, after)| {
+            counters::stolen_share(&before, &after)
+        });
+        for result in rounds.iter_mut().flatten() {
+            result.round = round;
+            result.stolen = stolen;
         }
-        Ok(best.expect("one run at least"))
+        rounds
     }
 
-    fn timed_once(&self, cell: &Cell, contender: &Contender) -> Result<Round, Failure> {
-        let attach = |pid| match self.measure {
-            Measure::Cycles => HardCounters::attach(pid).map(Some),
-            Measure::CpuTime => Ok(None),
+    /// A round in which all take turns.
+    fn together(
+        &self,
+        cell: &Cell,
+        contenders: &[&Contender],
+        round: usize,
+        passes: usize,
+    ) -> Vec<Result<Round, Failure>> {
+        let slice = (cell.messages / SLICES).max(1);
+        let least = match cell.kind {
+            Kind::Echo => 2 * u64::from(cell.connections * cell.depth),
+            _ => 1,
         };
-        let read = |hard: &mut Option<HardCounters>, pid| -> io::Result<(f64, Option<Hard>)> {
-            let hard = hard.as_mut().map(HardCounters::read).transpose()?;
-            Ok((counters::cpu_time_ns(pid)?, hard))
+        let lead_in = (slice / LEAD_IN).max(least);
+        let options = || {
+            // One slice more than there are passes: the first one is not measured.
+            let mut options = load_options(cell, slice * (passes as u64 + 1));
+            let mut put = |name: &str, value: u64| {
+                options.extend([name.into(), value.to_string().into()]);
+            };
+            put("--slices", passes as u64 + 1);
+            put("--lead-in", lead_in);
+            put("--warmup", slice);
+            options
         };
-        let mut options = load_options(cell, cell.messages);
-        let slices = slices_of(cell);
-        options.extend(["--slices".into(), slices.to_string().into()]);
-        let window = self.window(cell, contender, options, attach, read)?;
-        let messages = field(&window.load, "messages")?;
+        let mut seats: Vec<Result<Seat<'_, Cost>, Failure>> = (contenders.iter().enumerate())
+            .map(|(index, contender)| {
+                let mut seat = self.timed_seat(cell, contender, options(), index)?;
+                seat.slice()?;
+                seat.slices.clear();
+                Ok(seat)
+            })
+            .collect();
+        let count = seats.len();
+        for pass in 0..passes {
+            for turn in 0..count {
+                let turn = if pass % 2 == 0 {
+                    turn
+                } else {
+                    count - 1 - turn
+                };
+                let seat = &mut seats[(turn + pass + round) % count];
+                if let Ok(taken) = seat
+                    && let Err(failure) = taken.resume().and_then(|()| taken.slice())
+                {
+                    *seat = Err(failure);
+                }
+            }
+        }
+        seats
+            .into_iter()
+            .map(|seat| self.round_of(seat?.close()?))
+            .collect()
+    }
+
+    /// A round in which a contender has the machine to itself, for loads that cannot pause.
+    fn alone(&self, cell: &Cell, contender: &Contender) -> Result<Round, Failure> {
+        let options = load_options(cell, cell.messages);
+        let mut seat = self.timed_seat(cell, contender, options, 0)?;
+        seat.slice()?;
+        self.round_of(seat.close()?)
+    }
+
+    /// What the slices of a timed round come to.
+    fn round_of(&self, window: Window<Cost>) -> Result<Round, Failure> {
+        let report = &window.load;
+        // Of the slice that was not measured there is a report, too.
+        let slices = window.slices.len() as f64;
+        let reported = report.get("slices").and_then(Value::as_f64);
+        let per_slice = field(report, "messages")? / reported.unwrap_or(slices);
         let (mut cpu_ns, mut hardware) = (0.0, Hard::default());
         let mut costs = Vec::new();
         for ((cpu_before, before), (cpu_after, after)) in &window.slices {
@@ -113,29 +227,28 @@ impl Runner {
                 hardware = hardware.plus(&slice);
                 cost = slice.cycles_user + slice.cycles_kernel;
             }
-            costs.push(cost / (messages / window.slices.len() as f64));
+            costs.push(cost / per_slice);
         }
+        let messages = per_slice * slices;
         let hardware = match self.measure {
             Measure::Cycles => Some(hardware.over(messages)),
             Measure::CpuTime => None,
         };
         Ok(Round {
-            seconds: field(&window.load, "seconds")?,
-            messages_per_second: field(&window.load, "messages_per_second")?,
+            seconds: field(report, "seconds")?,
+            messages_per_second: field(report, "messages_per_second")?,
             cpu_ns: cpu_ns / messages,
             slices: costs,
             hardware,
-            p50_us: field(&window.load, "p50_us")?,
-            p99_us: field(&window.load, "p99_us")?,
-            p999_us: field(&window.load, "p999_us")?,
+            p50_us: field(report, "p50_us")?,
+            p99_us: field(report, "p99_us")?,
+            p999_us: field(report, "p999_us")?,
             peak_rss_kib: window.peak_rss_kib,
-            lost: window
-                .load
+            lost: report
                 .get("lost")
                 .and_then(Value::as_f64)
                 .unwrap_or_default(),
-            calm_p99_us: window.load.get("calm_p99_us").and_then(Value::as_f64),
-            stolen: window.stolen,
+            calm_p99_us: report.get("calm_p99_us").and_then(Value::as_f64),
             ..Round::default()
         })
     }
@@ -145,21 +258,26 @@ impl Runner {
         let messages = (rate * PACED_SECONDS).ceil() as u64;
         let mut options = options_of("paced", cell, messages.max(1));
         options.extend(["--rate".into(), rate.to_string().into()]);
-        let window = self.window(cell, contender, options, |_| Ok(()), |(), _| Ok(()))?;
+        let mut seat = self.seat(cell, contender, options, 0, |_| Ok(Box::new(|| Ok(()))))?;
+        seat.slice()?;
+        let load = seat.close()?.load;
         Ok(Paced {
-            messages_per_second: field(&window.load, "messages_per_second")?,
-            p50_us: field(&window.load, "p50_us")?,
-            p99_us: field(&window.load, "p99_us")?,
-            p999_us: field(&window.load, "p999_us")?,
+            messages_per_second: field(&load, "messages_per_second")?,
+            p50_us: field(&load, "p50_us")?,
+            p99_us: field(&load, "p99_us")?,
+            p999_us: field(&load, "p999_us")?,
         })
     }
 
     /// System calls and context switches per message, in a run of its own.
     pub fn counted(&self, cell: &Cell, contender: &Contender) -> Result<(f64, f64), Failure> {
-        let messages = (cell.messages / 8).max(1);
-        let options = load_options(cell, messages);
-        let read = |counters: &mut CallCounters, _| counters.read();
-        let window = self.window(cell, contender, options, CallCounters::attach, read)?;
+        let options = load_options(cell, (cell.messages / 8).max(1));
+        let mut seat = self.seat(cell, contender, options, 0, |pid| {
+            let mut counters = CallCounters::attach(pid)?;
+            Ok(Box::new(move || counters.read()))
+        })?;
+        seat.slice()?;
+        let window = seat.close()?;
         let messages = field(&window.load, "messages")?;
         let all = |pick: fn(&(f64, f64)) -> f64| -> f64 {
             let each = window.slices.iter();
@@ -171,7 +289,7 @@ impl Runner {
     /// Bytes per idle connection, from the memory before they come and while they are there.
     fn idle(&self, cell: &Cell, contender: &Contender) -> Result<Round, Failure> {
         let backend = self.backend(cell)?;
-        let command = self.command(cell, contender, &backend);
+        let command = self.command(cell, contender, &backend, 0);
         let mut server = Process::hold(self.cpus[0], &command)?;
         let address = process::listen(&mut server)?;
         let pid = server.pid();
@@ -182,7 +300,6 @@ impl Runner {
             ))
         };
         let before = memory()?;
-        let stolen = counters::stolen_ticks(&self.cpus)?;
         let mut load = Process::hold(
             self.cpus[1],
             &self.load(cell, &address, load_options(cell, 0))?,
@@ -195,7 +312,6 @@ impl Runner {
             }
         };
         let after = memory()?;
-        let stolen = counters::stolen_share(&stolen, &counters::stolen_ticks(&self.cpus)?);
         let peak_rss_kib = counters::memory_kib(pid, "VmHWM")?;
         load.finish(LOAD_TIMEOUT)?;
         server.stop();
@@ -206,7 +322,6 @@ impl Runner {
                 .and_then(Value::as_f64)
                 .unwrap_or_default(),
             peak_rss_kib,
-            stolen,
             idle: Some(IdleMemory {
                 server: per_connection(after.0 - before.0),
                 machine: per_connection(before.1 - after.1),
@@ -215,46 +330,50 @@ impl Runner {
         })
     }
 
-    /// Runs a server and a load. `attach` is called before the server's program starts, `read` around the measured messages.
-    fn window<A, T>(
+    /// A seat for a timed round.
+    fn timed_seat(
         &self,
         cell: &Cell,
         contender: &Contender,
         options: Vec<OsString>,
-        attach: impl FnOnce(libc::pid_t) -> io::Result<A>,
-        read: impl Fn(&mut A, libc::pid_t) -> io::Result<T>,
-    ) -> Result<Window<T>, Failure> {
+        index: usize,
+    ) -> Result<Seat<'_, Cost>, Failure> {
+        self.seat(cell, contender, options, index, |pid| {
+            let mut hard = match self.measure {
+                Measure::Cycles => Some(HardCounters::attach(pid)?),
+                Measure::CpuTime => None,
+            };
+            Ok(Box::new(move || {
+                let hard = hard.as_mut().map(HardCounters::read).transpose()?;
+                Ok((counters::cpu_time_ns(pid)?, hard))
+            }))
+        })
+    }
+
+    /// Starts a server and a load, up to where the load begins. `attach` is called before the server's program starts, and what it
+    /// returns around the slices; of seats that there are at once, each has another `index`.
+    fn seat<'a, T>(
+        &self,
+        cell: &Cell,
+        contender: &Contender,
+        options: Vec<OsString>,
+        index: usize,
+        attach: impl FnOnce(libc::pid_t) -> io::Result<Box<dyn FnMut() -> io::Result<T> + 'a>>,
+    ) -> Result<Seat<'a, T>, Failure> {
         let backend = self.backend(cell)?;
-        let command = self.command(cell, contender, &backend);
+        let command = self.command(cell, contender, &backend, index);
         let mut server = Process::hold(self.cpus[0], &command)?;
-        let pid = server.pid();
-        let mut attached = attach(pid)?;
+        let read = attach(server.pid())?;
         let address = process::listen(&mut server)?;
         let mut load = Process::hold(self.cpus[1], &self.load(cell, &address, options)?)?;
         load.go()?;
         expect(&mut load, "begin")?;
-        let stolen = counters::stolen_ticks(&self.cpus)?;
-        let mut slices = Vec::new();
-        let report = loop {
-            let before = read(&mut attached, pid)?;
-            load.go()?;
-            expect(&mut load, "end")?;
-            slices.push((before, read(&mut attached, pid)?));
-            load.go()?;
-            match load.line(LOAD_TIMEOUT)?.as_str() {
-                "begin" => {}
-                line => break parse(line)?,
-            }
-        };
-        let stolen = counters::stolen_share(&stolen, &counters::stolen_ticks(&self.cpus)?);
-        load.finish(LOAD_TIMEOUT)?;
-        let peak_rss_kib = counters::memory_kib(pid, "VmHWM")?;
-        server.stop();
-        Ok(Window {
-            slices,
-            load: report,
-            peak_rss_kib,
-            stolen,
+        Ok(Seat {
+            server,
+            load,
+            _backend: backend,
+            read,
+            slices: Vec::new(),
         })
     }
 
@@ -296,16 +415,18 @@ impl Runner {
         cell: &Cell,
         contender: &Contender,
         backend: &Option<(Process, String)>,
+        index: usize,
     ) -> Vec<OsString> {
-        let mut command = contender.command(cell, &self.socket());
+        let mut command = contender.command(cell, &self.socket(index));
         if let Some((_, address)) = backend {
             command.extend(["--upstream".into(), address.into()]);
         }
         command
     }
 
-    pub fn socket(&self) -> PathBuf {
-        self.scratch.join("socket")
+    /// Where the server of a seat may make its Unix socket.
+    fn socket(&self, index: usize) -> PathBuf {
+        self.scratch.join(format!("socket-{index}"))
     }
 
     /// The command line of a load.
@@ -331,14 +452,6 @@ impl Runner {
 impl Drop for Runner {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.scratch);
-    }
-}
-
-/// In how many parts a timed run of a cell is measured: more than one where the load can stop and go on.
-fn slices_of(cell: &Cell) -> u64 {
-    match (cell.kind, cell.family) {
-        (Kind::Echo, Family::Tcp | Family::Unix) | (Kind::Churn, _) => SLICES,
-        _ => 1,
     }
 }
 

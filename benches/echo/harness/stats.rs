@@ -5,13 +5,6 @@ pub fn minimum(values: &[f64]) -> Option<f64> {
     values.iter().copied().reduce(f64::min)
 }
 
-/// Whether the minimum is no single stroke of luck: the second smallest value is larger by `share` at most.
-pub fn is_confirmed(values: &[f64], share: f64) -> bool {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    matches!(sorted[..], [first, second, ..] if second <= first * (1.0 + share))
-}
-
 /// The middle value, or the mean of the two middle ones.
 pub fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
@@ -24,29 +17,58 @@ pub fn median(values: &[f64]) -> Option<f64> {
     }
 }
 
-/// One contender against another, by both statistics; under 1 the first needs less.
+/// One contender against another, by three statistics of values that were taken in pairs; under 1 the first needs less.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ratio {
-    /// The smaller of the first's values over the smallest of the second's.
+    /// The smallest of the first's values over the smallest of the second's, whenever that was.
     pub minimum: f64,
-    /// The median over rounds of the ratio within a round: a round's runs are neighbours in time, so that a slow hour of the
-    /// machine touches both sides of each.
+    /// The median of the pairs' ratios, of those pairs that were taken while the machine was calm.
+    pub calm: f64,
+    /// The median of all pairs' ratios.
     pub median: f64,
 }
 
-/// The ratio of `first` to `second`, each a value per round (of the same rounds, by index); `None` without a round of both.
-pub fn ratio(first: &[f64], second: &[f64]) -> Option<Ratio> {
+/// The ratio of `first` to `second`, each a value per pass (of the same passes, by index), of which `calm` names some; `None`
+/// without a pass of both.
+pub fn ratio(first: &[f64], second: &[f64], calm: &[usize]) -> Option<Ratio> {
     let within: Vec<f64> = first.iter().zip(second).map(|(a, b)| a / b).collect();
+    let chosen: Vec<f64> = (calm.iter())
+        .filter_map(|&pass| within.get(pass).copied())
+        .collect();
+    let median = median(&within)?;
     Some(Ratio {
         minimum: minimum(first)? / minimum(second)?,
-        median: median(&within)?,
+        calm: self::median(&chosen).unwrap_or(median),
+        median,
     })
 }
 
-/// How far a ratio may be off by chance, by both statistics.
+/// The passes in which the machine was fastest, a quarter of them (and one at least), given each contender's value in each pass.
+///
+/// How fast the machine was in a pass is the median over the contenders of what they needed in it, each against its own
+/// median: all of them choose, so that the choice favours nobody, which a minimum of each one's own does with whoever was lucky.
+pub fn calm(contenders: &[Vec<f64>]) -> Vec<usize> {
+    let usual: Vec<(&Vec<f64>, f64)> = (contenders.iter())
+        .filter_map(|values| Some((values, median(values)?)))
+        .collect();
+    let passes = usual.iter().map(|(values, _)| values.len()).max();
+    let mut levels: Vec<(f64, usize)> = (0..passes.unwrap_or(0))
+        .map(|pass| {
+            let of_all: Vec<f64> = (usual.iter())
+                .filter_map(|(values, usual)| Some(values.get(pass)? / usual))
+                .collect();
+            (median(&of_all).unwrap_or(f64::INFINITY), pass)
+        })
+        .collect();
+    levels.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let quarter = levels.len().div_ceil(4);
+    levels[..quarter].iter().map(|(_, pass)| *pass).collect()
+}
+
+/// How far a ratio may be off by chance, by the two statistics that judge.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Tolerance {
-    pub minimum: f64,
+    pub calm: f64,
     pub median: f64,
 }
 
@@ -70,10 +92,10 @@ pub fn tolerances(against_itself: &[Option<Ratio>]) -> Vec<Tolerance> {
             .map(|own| own.unwrap_or(least).max(least))
             .collect::<Vec<f64>>()
     };
-    let minima = of(|ratio| ratio.minimum);
+    let calm = of(|ratio| ratio.calm);
     let medians = of(|ratio| ratio.median);
-    (minima.into_iter().zip(medians))
-        .map(|(minimum, median)| Tolerance { minimum, median })
+    (calm.into_iter().zip(medians))
+        .map(|(calm, median)| Tolerance { calm, median })
         .collect()
 }
 
@@ -116,19 +138,27 @@ mod tests {
     }
 
     #[test]
-    fn a_minimum_is_confirmed_by_another_value_close_to_it() {
-        assert!(!is_confirmed(&[], 0.02) && !is_confirmed(&[5.0], 0.02));
-        assert!(!is_confirmed(&[103.0, 100.0, 104.0], 0.02));
-        assert!(is_confirmed(&[103.0, 101.0, 100.0], 0.02));
+    fn a_ratio_s_median_compares_neighbours_in_time() {
+        // The machine is twice as slow in the second pass; the first contender always needs half as much.
+        let ratio = ratio(&[10.0, 21.0, 10.0], &[20.0, 42.0, 16.0], &[2]).unwrap();
+        assert_eq!(ratio.minimum, 10.0 / 16.0);
+        assert_eq!(ratio.median, 0.5);
+        assert_eq!(ratio.calm, 10.0 / 16.0);
+        assert_eq!(super::ratio(&[], &[1.0], &[]), None);
     }
 
     #[test]
-    fn a_ratio_s_median_compares_neighbours_in_time() {
-        // The machine is twice as slow in the second round; the first contender always needs half as much.
-        let ratio = ratio(&[10.0, 21.0, 10.0], &[20.0, 42.0, 16.0]).unwrap();
-        assert_eq!(ratio.minimum, 10.0 / 16.0);
-        assert_eq!(ratio.median, 0.5);
-        assert_eq!(super::ratio(&[], &[1.0]), None);
+    fn the_calm_passes_are_those_in_which_all_were_fast() {
+        let contenders = [
+            vec![10.0, 14.0, 9.0, 14.0, 10.0, 14.0, 13.0, 14.0],
+            vec![70.0, 100.0, 90.0, 110.0, 71.0, 100.0, 99.0, 100.0],
+            // Lucky when the others were not.
+            vec![30.0, 3.0, 40.0, 41.0, 32.0, 40.0, 42.0, 43.0],
+        ];
+        assert_eq!(calm(&contenders), [0, 4]);
+        assert_eq!(calm(&contenders[..1]), [2, 0]);
+        assert_eq!(calm(&[vec![1.0]]), [0]);
+        assert_eq!(calm(&[]), [0usize; 0]);
     }
 
     #[test]
@@ -140,7 +170,13 @@ mod tests {
 
     #[test]
     fn a_cell_s_tolerance_is_its_own_and_at_least_the_median() {
-        let with = |minimum, median| Some(Ratio { minimum, median });
+        let with = |calm, median| {
+            Some(Ratio {
+                minimum: 1.0,
+                calm,
+                median,
+            })
+        };
         let cells = [
             with(1.0, 1.5),
             with(1.25, 1.0),
@@ -149,8 +185,8 @@ mod tests {
             with(1.125, 1.125),
         ];
         let found = tolerances(&cells);
-        let minima: Vec<f64> = found.iter().map(|each| each.minimum).collect();
-        assert_eq!(minima, [0.1875, 0.25, 1.0, 0.1875, 0.1875]);
+        let calm: Vec<f64> = found.iter().map(|each| each.calm).collect();
+        assert_eq!(calm, [0.1875, 0.25, 1.0, 0.1875, 0.1875]);
         let medians: Vec<f64> = found.iter().map(|each| each.median).collect();
         assert_eq!(medians, [0.5, 0.1875, 0.25, 0.1875, 0.1875]);
     }

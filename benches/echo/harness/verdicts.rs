@@ -8,6 +8,9 @@ use super::json::{CellResult, ContenderResult, Run};
 use super::proxy;
 use super::stats::{self, Ratio, Tolerance, Verdict, judge, median, minimum};
 
+/// Two runs agree if no ratio differs by more than this share.
+pub const AGREEMENT: f64 = 0.05;
+
 /// Whether a cell of the main line-up compares what its contenders cost to what epoll costs.
 pub fn compares(cell: &Cell) -> bool {
     compares_in(cell, Lineup::Main)
@@ -19,13 +22,15 @@ pub fn compares_in(cell: &Cell, lineup: Lineup) -> bool {
 }
 
 /// What `first` costs in a cell against what `second` does.
-pub fn against(run: &Run, cell: &CellResult, first: &str, second: &str) -> Option<Ratio> {
-    let costs = |name| Some(cell.contender(name)?.costs(run.measure));
-    let cheapest = |name| minimum(&cell.contender(name)?.cheapest(run.measure));
-    Some(Ratio {
-        minimum: cheapest(first)? / cheapest(second)?,
-        ..stats::ratio(&costs(first)?, &costs(second)?)?
-    })
+pub fn against(cell: &CellResult, first: &str, second: &str) -> Option<Ratio> {
+    let of = |name| Some(cell.contender(name)?.slices());
+    stats::ratio(&of(first)?, &of(second)?, &calm(cell))
+}
+
+/// The passes of a cell in which the machine was fastest.
+fn calm(cell: &CellResult) -> Vec<usize> {
+    let contenders = cell.contenders.iter().map(ContenderResult::slices);
+    stats::calm(&contenders.collect::<Vec<_>>())
 }
 
 /// What a cell's contenders are compared to.
@@ -45,14 +50,15 @@ pub fn again(cell: &Cell) -> &'static str {
 }
 
 /// What a contender costs against epoll: the better of its two kinds in this cell, by each statistic.
-pub fn against_epoll(run: &Run, cell: &CellResult, name: &str) -> Option<Ratio> {
+pub fn against_epoll(cell: &CellResult, name: &str) -> Option<Ratio> {
     let all = epolls(&cell.cell)
         .iter()
-        .filter_map(|epoll| against(run, cell, name, epoll));
+        .filter_map(|epoll| against(cell, name, epoll));
     let mut worst: Option<Ratio> = None;
     for ratio in all {
         let so_far = worst.get_or_insert(ratio);
         so_far.minimum = so_far.minimum.max(ratio.minimum);
+        so_far.calm = so_far.calm.max(ratio.calm);
         so_far.median = so_far.median.max(ratio.median);
     }
     worst
@@ -61,7 +67,7 @@ pub fn against_epoll(run: &Run, cell: &CellResult, name: &str) -> Option<Ratio> 
 /// How far chance goes in each cell.
 pub fn tolerances(run: &Run) -> Vec<Tolerance> {
     let again: Vec<Option<Ratio>> = (run.cells.iter())
-        .map(|cell| against(run, cell, again(&cell.cell), epolls(&cell.cell)[0]))
+        .map(|cell| against(cell, again(&cell.cell), epolls(&cell.cell)[0]))
         .collect();
     stats::tolerances(&again)
 }
@@ -78,8 +84,8 @@ pub struct Judged {
 }
 
 impl Judged {
-    pub fn minimum(&self) -> Verdict {
-        judge(self.ratio.minimum, self.limit, self.tolerance.minimum)
+    pub fn calm(&self) -> Verdict {
+        judge(self.ratio.calm, self.limit, self.tolerance.calm)
     }
 
     pub fn median(&self) -> Verdict {
@@ -88,7 +94,7 @@ impl Judged {
 
     /// Both statistics have to hold.
     pub fn verdict(&self) -> Verdict {
-        match (self.minimum(), self.median()) {
+        match (self.calm(), self.median()) {
             (Verdict::Missed, _) | (_, Verdict::Missed) => Verdict::Missed,
             (Verdict::Within, _) | (_, Verdict::Within) => Verdict::Within,
             _ => Verdict::Reached,
@@ -162,7 +168,7 @@ pub fn figures(run: &Run) -> Vec<Figure> {
         main()
             .filter(|(cell, _)| kinds.contains(&cell.cell.kind))
             .filter_map(|(cell, tolerance)| {
-                let ratio = against_epoll(run, cell, OURS)?;
+                let ratio = against_epoll(cell, OURS)?;
                 Some(judged(
                     cell,
                     tolerance,
@@ -187,8 +193,8 @@ pub fn figures(run: &Run) -> Vec<Figure> {
             .filter(|(cell, _)| cell.cell.kind == Kind::Echo)
             .filter_map(|(cell, tolerance)| {
                 let instructions = |name| Some(cell.contender(name)?.instructions());
-                let counted = stats::ratio(&instructions(OURS)?, &instructions("raw-single")?);
-                let ratio = counted.or_else(|| against(run, cell, OURS, "raw-single"))?;
+                let counted = stats::ratio(&instructions(OURS)?, &instructions("raw-single")?, &[]);
+                let ratio = counted.or_else(|| against(cell, OURS, "raw-single"))?;
                 Some(judged(cell, tolerance, "raw-single", ratio, limit))
             })
             .collect()
@@ -205,7 +211,7 @@ pub fn figures(run: &Run) -> Vec<Figure> {
     });
     // The tolerance is a share of a ratio: at a tenth of epoll's cost it is a tenth as much.
     let of_limit = |tolerance: &Tolerance, limit: f64| Tolerance {
-        minimum: tolerance.minimum * limit.min(1.0),
+        calm: tolerance.calm * limit.min(1.0),
         median: tolerance.median * limit.min(1.0),
     };
     for (claim, segmented, rival, limit) in [
@@ -237,7 +243,7 @@ pub fn figures(run: &Run) -> Vec<Figure> {
         let all = main()
             .filter(|(cell, _)| cell.cell.is_bursts() && cell.cell.segmented == segmented)
             .filter_map(|(cell, tolerance)| {
-                let ratio = against(run, cell, OURS, rival)?;
+                let ratio = against(cell, OURS, rival)?;
                 let tolerance = of_limit(tolerance, limit);
                 Some(judged(cell, &tolerance, rival, ratio, limit))
             })
@@ -247,7 +253,7 @@ pub fn figures(run: &Run) -> Vec<Figure> {
     for rival in rivals(run) {
         let all = main()
             .filter_map(|(cell, tolerance)| {
-                let ratio = against(run, cell, OURS, &rival)?;
+                let ratio = against(cell, OURS, &rival)?;
                 Some(judged(cell, tolerance, &rival, ratio, 1.0))
             })
             .collect();
@@ -260,7 +266,7 @@ pub fn figures(run: &Run) -> Vec<Figure> {
         let all = cells()
             .filter(|(cell, _)| cell.cell.lineup == Lineup::Timeouts && cell.cell.family == family)
             .filter_map(|(cell, tolerance)| {
-                let ratio = against(run, cell, "ringsock timeout", OURS)?;
+                let ratio = against(cell, "ringsock timeout", OURS)?;
                 Some(judged(cell, tolerance, "no timeout", ratio, limit))
             })
             .collect();
@@ -275,7 +281,7 @@ pub fn figures(run: &Run) -> Vec<Figure> {
             .filter(|(cell, _)| cell.cell.lineup == Lineup::Spin)
             .filter_map(|(cell, tolerance)| {
                 let p50 = |name| Some(cell.contender(name)?.each(|round| round.p50_us));
-                let ratio = stats::ratio(&p50(contender)?, &p50("epoll")?)?;
+                let ratio = stats::ratio(&p50(contender)?, &p50("epoll")?, &[])?;
                 Some(judged(cell, tolerance, "epoll", ratio, limit))
             })
             .collect()
@@ -342,52 +348,69 @@ pub fn broken(run: &Run) -> Vec<(String, String, String)> {
 
 /// How well two runs agree.
 pub struct Agreement {
-    /// The largest difference of a ratio, as a share.
+    /// The largest difference of a ratio by a statistic that judges, as a share.
     pub difference: f64,
-    pub sentence: String,
+    /// A sentence for each statistic.
+    pub sentences: String,
 }
 
-/// Compares the ratios to epoll, by the minimum, of every contender that both runs have.
+/// Compares the ratios to epoll of every contender that both runs have.
 pub fn agreement(run: &Run, earlier: &Run) -> io::Result<Agreement> {
     if run.measure != earlier.measure {
         return Err(io::Error::other("the two runs did not measure the same"));
     }
-    let mut differences = Vec::new();
+    let mut pairs = Vec::new();
     for cell in run.cells.iter().filter(|cell| compares(&cell.cell)) {
         let Some(before) = earlier.cells.iter().find(|before| before.cell == cell.cell) else {
             continue;
         };
         for contender in &cell.contenders {
-            let now = against_epoll(run, cell, &contender.name);
-            let then = against_epoll(earlier, before, &contender.name);
+            let now = against_epoll(cell, &contender.name);
+            let then = against_epoll(before, &contender.name);
             if let (Some(now), Some(then)) = (now, then) {
-                let difference = stats::deviation(now.minimum / then.minimum);
-                differences.push((difference, &cell.cell.name, &contender.name, then, now));
+                pairs.push((&cell.cell.name, &contender.name, then, now));
             }
         }
     }
-    let count = differences.len();
-    let shares: Vec<f64> = differences.iter().map(|each| each.0).collect();
-    let largest = differences.into_iter().max_by(|a, b| a.0.total_cmp(&b.0));
-    let Some((difference, cell, contender, then, now)) = largest else {
+    if pairs.is_empty() {
         return Err(io::Error::other("the two runs have nothing in common"));
+    }
+    let mut agreement = Agreement {
+        difference: 0.0,
+        sentences: format!("Of {} ratios to epoll, in the two runs:", pairs.len()),
     };
-    let sentence = format!(
-        "Of {count} ratios to epoll (minimum), the largest difference to the earlier run is {:.1} % ({contender} in {cell}: \
-         {:.3}, then {:.3}); the median difference is {:.1} %.",
-        100.0 * difference,
-        then.minimum,
-        now.minimum,
-        100.0 * median(&shares).unwrap_or_default(),
-    );
-    Ok(Agreement {
-        difference,
-        sentence,
-    })
+    let statistics: [(&str, bool, fn(&Ratio) -> f64); 3] = [
+        ("median", true, |ratio| ratio.median),
+        ("calm", true, |ratio| ratio.calm),
+        ("minimum", false, |ratio| ratio.minimum),
+    ];
+    for (name, judges, pick) in statistics {
+        let of =
+            |(_, _, then, now): &(_, _, Ratio, Ratio)| stats::deviation(pick(now) / pick(then));
+        let shares: Vec<f64> = pairs.iter().map(of).collect();
+        let (cell, contender, then, now) = (pairs.iter())
+            .max_by(|a, b| of(a).total_cmp(&of(b)))
+            .expect("there are some");
+        let largest = shares.iter().copied().fold(0.0, f64::max);
+        if judges {
+            agreement.difference = agreement.difference.max(largest);
+        }
+        agreement.sentences += &format!(
+            "\n* {name}: half differ by less than {:.1} %, {} by more than {:.0} %, the most by {:.1} % ({contender} in {cell}: \
+             {:.3}, then {:.3}).",
+            100.0 * median(&shares).unwrap_or_default(),
+            shares.iter().filter(|share| **share > AGREEMENT).count(),
+            100.0 * AGREEMENT,
+            100.0 * largest,
+            pick(then),
+            pick(now),
+        );
+    }
+    Ok(agreement)
 }
 
-/// The smallest and the middle of a contender's costs.
-pub fn cost(run: &Run, contender: &ContenderResult) -> Option<(f64, f64)> {
-    let cheapest = contender.cheapest(run.measure);
-    Some((minimum(&cheapest)?, median(&contender.costs(run.measure))?))
+/// The smallest and the middle of what a contender's slices cost.
+pub fn cost(contender: &ContenderResult) -> Option<(f64, f64)> {
+    let slices = contender.slices();
+    Some((minimum(&slices)?, median(&slices)?))
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use hdrhistogram::Histogram;
 
 use super::stream::{Common, Stream};
-use super::{Report, Stall, Target, Window, WindowArgs, latencies};
+use super::{Report, Stall, Target, WindowArgs, latencies};
 use crate::sys::{EVENTS, epoll_wait};
 
 /// Options of this load.
@@ -73,9 +73,9 @@ pub fn load(args: &FanoutArgs) -> io::Result<()> {
     };
     load.run(warmup)?;
     load.latencies.reset();
-    let window = Window::begin(&args.window)?;
-    load.run(args.messages)?;
-    let measured = window.end(&args.window)?;
+    let measured = args
+        .window
+        .measure(args.messages, |messages| load.run(messages))?;
     let deliveries = args.messages * u64::from(args.connections);
     Report {
         kind: "fanout",

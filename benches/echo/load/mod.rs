@@ -1,7 +1,8 @@
 //! The loads: each drives an echo server and verifies every byte that comes back.
 //!
 //! A load prints `begin` after its warm-up and `end` after its last measured message, each time waiting for a line on standard
-//! input if told to `--wait`, so that whoever runs it can read the server's counters exactly around the measured messages.
+//! input if told to `--wait`, so that whoever runs it can read the server's counters exactly around the measured messages. With
+//! `--slices` it does so several times; who waits with the line that follows `end` makes a pause between them.
 #![allow(unsafe_code)]
 
 mod churn;
@@ -117,8 +118,12 @@ pub struct WindowArgs {
     #[arg(long)]
     wait: bool,
     /// Measure the messages in so many parts, each with a `begin` and an `end`, where the load can.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000))]
     slices: u64,
+    /// Messages right before each slice but the first, which are not measured except for their latency: they warm up what a pause
+    /// let cool.
+    #[arg(long, value_name = "MESSAGES", default_value_t = 0)]
+    lead_in: u64,
 }
 
 /// The measured window: from `begin` to `end`.
@@ -160,6 +165,9 @@ impl WindowArgs {
         for slice in 0..slices {
             let from = messages * slice / slices;
             let to = messages * (slice + 1) / slices;
+            if slice > 0 && self.lead_in > 0 {
+                send(self.lead_in)?;
+            }
             let window = Window::begin(self)?;
             send(to - from)?;
             let measured = window.end(self)?;
@@ -254,6 +262,7 @@ impl Report {
             let mut put = |name: &str, value: Value| object.insert(name.to_owned(), value);
             put("kind", self.kind.into());
             put("messages", self.messages.into());
+            put("slices", args.slices.into());
             put("warmup", self.warmup.into());
             put("seconds", seconds.into());
             put("messages_per_second", rate.into());

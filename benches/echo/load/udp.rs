@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use hdrhistogram::Histogram;
 
-use super::{Pattern, Report, Window, WindowArgs, latencies};
+use super::{Pattern, Report, WindowArgs, latencies};
 use crate::sys::{
     EVENTS, SegmentControl, epoll_open, epoll_set, epoll_wait, errno, other, segment_bytes,
     set_option, widen_buffers,
@@ -258,15 +258,16 @@ pub fn load(args: &UdpArgs) -> io::Result<()> {
     };
     load.run(warmup)?;
     load.latencies.reset();
-    let window = Window::begin(&args.window)?;
-    load.run(args.messages)?;
-    let measured = window.end(&args.window)?;
-    if load.lost == args.messages {
+    load.lost = 0;
+    let measured = args
+        .window
+        .measure(args.messages, |messages| load.run(messages))?;
+    if load.lost >= args.messages {
         return Err(other("every datagram was lost"));
     }
     Report {
         kind: "udp",
-        messages: args.messages - load.lost,
+        messages: args.messages.saturating_sub(load.lost),
         warmup,
         measured,
         latencies: load.latencies,
@@ -285,7 +286,6 @@ impl Load {
     fn run(&mut self, messages: u64) -> io::Result<()> {
         self.unissued = messages;
         self.unsettled = messages;
-        self.lost = 0;
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
         for index in 0..self.flows.len() {
             self.fill(index)?;
