@@ -51,18 +51,19 @@ pub(crate) enum Place {
 }
 
 /// See the module's documentation.
+#[repr(C)]
 pub(crate) struct InFlight {
-    closed: AtomicBool,
     /// The owner's id, 0 while there is none.
     owner: AtomicU32,
+    closed: AtomicBool,
+    /// The socket is not to be watched.
+    unwatchable: AtomicBool,
+    /// Without a watch, receives of the owner's that waited; with one, how many may come at a bad time for it.
+    waits: AtomicU8,
     /// Keys of the owner's operations, by direction, or NONE. Written by the owner's thread only.
     keys: [AtomicU64; 2],
     /// The owner's watch of the socket, or 0. Written by the owner's thread only.
     watch: AtomicU64,
-    /// Without a watch, receives of the owner's that waited; with one, how many may come at a bad time for it.
-    waits: AtomicU8,
-    /// The socket is not to be watched.
-    unwatchable: AtomicBool,
     owner_remote: OnceLock<Arc<Remote>>,
     rest: Mutex<Rest>,
 }
