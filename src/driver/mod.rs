@@ -695,6 +695,19 @@ impl Driver {
         }
     }
 
+    /// Of the completions at hand, whom the one so many behind the next is likely for. Nothing is settled by it.
+    #[inline(always)]
+    pub(crate) fn ahead(&mut self, behind: u32) -> Option<Waiter> {
+        let Backend::Uring(uring) = &self.backend else {
+            return None;
+        };
+        let mut key = Key(uring.ahead(behind)?);
+        if key.0 as u32 >= WATCH_FIRST {
+            key = self.watches.waiting(WatchId(key.0))?;
+        }
+        self.slots.waiter(key.0 as u32)
+    }
+
     /// A CQE that is no operation's of a slot: of a watch, it may end a wait.
     #[inline(always)]
     fn told(&mut self, user_data: u64, completion: Completion) -> Option<(Waiter, Completion)> {

@@ -283,6 +283,17 @@ impl Queues {
         Some((cqe.user_data, completion))
     }
 
+    /// Of the completions at hand, the `user_data` of the one so many behind the next.
+    #[inline(always)]
+    pub(crate) fn ahead(&self, behind: u32) -> Option<u64> {
+        if self.cq_tail_seen.wrapping_sub(self.cq_head) <= behind {
+            return None;
+        }
+        let index = self.cq_head.wrapping_add(behind) & self.cq_mask;
+        // SAFETY: as in `next`.
+        Some(unsafe { (*self.cqes.add(index as usize)).user_data })
+    }
+
     /// Whether a completion of `user_data` that no other will follow is at hand.
     pub(crate) fn has_last(&self, user_data: u64) -> bool {
         // SAFETY: the counter lives as long as the mapping.

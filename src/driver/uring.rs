@@ -624,6 +624,12 @@ impl Uring {
         counters.cqes += u64::from(self.queues.collect());
     }
 
+    /// See [`Queues::ahead`].
+    #[inline(always)]
+    pub(crate) fn ahead(&self, behind: u32) -> Option<u64> {
+        self.queues.ahead(behind)
+    }
+
     /// The next CQE: its `user_data` and its result.
     #[inline(always)]
     pub(crate) fn next(&mut self, counters: &mut Counters) -> Option<(u64, Completion)> {

@@ -353,6 +353,13 @@ impl Watches {
         watch.hand_over()
     }
 
+    /// The wait that the watch's next event ends, if there is one.
+    #[inline(always)]
+    pub(super) fn waiting(&mut self, id: WatchId) -> Option<Key> {
+        let waiting = self.get(id)?.waiting;
+        (waiting != Key::NONE).then_some(waiting)
+    }
+
     #[cold]
     fn ended(&mut self, id: WatchId, completion: Completion) -> Option<(Key, u32)> {
         let watch = self.get(id)?;

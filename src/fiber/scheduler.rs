@@ -615,8 +615,12 @@ impl Worker {
     fn reap(&self) {
         // No more than one for each fiber, however many come meanwhile.
         let mut left = self.live.get();
+        let many = left as u64 > CROWD;
         loop {
             while let Some((waiter, completion)) = self.driver.with(|driver| driver.next()) {
+                if many {
+                    self.prefetch_ahead();
+                }
                 self.deliver(waiter, completion);
                 left = left.saturating_sub(1);
             }
@@ -625,6 +629,20 @@ impl Worker {
             }
             self.driver.with(|driver| driver.enter(false));
             left -= 1;
+        }
+    }
+
+    /// Fetches what resuming the fiber of the next completion will read, and the block of the one behind it.
+    #[inline(always)]
+    fn prefetch_ahead(&self) {
+        let (next, second) = self
+            .driver
+            .with(|driver| (driver.ahead(0), driver.ahead(1)));
+        if let Some(next) = next {
+            FiberRef::from_waiter(next).prefetch_frames();
+        }
+        if let Some(second) = second {
+            FiberRef::from_waiter(second).prefetch_block();
         }
     }
 
