@@ -45,10 +45,10 @@ use crate::sys;
 /// How many plain sends a fiber may make before it has to go through the ring, so that the others get a turn.
 const DIRECT_CALLS_MAX: u32 = 16;
 
-/// A turn that serves more fibers than this is crowded: then operations go through the ring, which brings a few at a time, in the
-/// order in which their data came, and so while it is in a cache. Going round the fibers with plain calls finds none of it there
-/// any more: 1,024 connections of 64 bytes cost 6,499 ns an echo that way on TCP and 2,554 on Unix sockets, through the ring 5,808
-/// and 2,472, and 64 connections as much one way as the other.
+/// A turn that serves more fibers than this is crowded: then operations go through the ring, or wait for events of it
+/// (`watch.rs`), which brings a few at a time, in the order in which their data came, and so while it is in a cache. Going round
+/// the fibers with plain calls finds none of it there any more: 1,024 connections of 64 bytes cost 6,499 ns an echo that way on
+/// TCP and 2,554 on Unix sockets, through the ring 5,808 and 2,472, and 64 connections as much one way as the other.
 const CROWD: u64 = 128;
 
 /// A turn that serves no more fibers than this is quiet: whoever lets the others go first comes back too soon to find anything.

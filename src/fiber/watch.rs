@@ -1,7 +1,7 @@
 //! Sockets that are watched: receives by plain calls, in between waits for events of a standing poll (`driver/watch.rs`).
 //!
 //! A receive that has to wait, time and again, on the same worker, is cheaper this way: an event costs the kernel less than arming
-//! an operation, completing it and disarming it. So after some such waits a worker begins to watch a stream. Its receives then
+//! an operation, completing it and disarming it. So after some such waits a worker begins to watch a stream, where that pays ([`events_pay`]). Its receives then
 //! go like this:
 //!
 //! ```text
@@ -34,7 +34,7 @@ use crate::driver::{Key, Limit, SECOND_LOOK, Told, WatchId};
 /// After so many receives that waited on the ring a socket is watched: connections that come for one request and go are not.
 const WAITS_MIN: u8 = 4;
 
-/// So many receives while the worker has much to do, and the watch is ended: then an event costs more than it saves.
+/// So many receives while events do not pay, and the watch is ended.
 const BUSY_MAX: u8 = 64;
 
 /// Events after which a short receive need not have taken all.
@@ -71,12 +71,12 @@ impl<'a> Watched<'a> {
         })
     }
 
-    /// [`of`](Watched::of), of a socket on which a receive waits, with a new watch if that has happened often enough while the
-    /// worker had little to do.
+    /// [`of`](Watched::of), of a socket on which a receive waits, with a new watch if that has happened often enough while events
+    /// paid.
     #[inline(never)]
-    pub(crate) fn begin_if_quiet(inflight: &'a InFlight, fd: RawFd) -> Option<Watched<'a>> {
+    pub(crate) fn begin_if_it_pays(inflight: &'a InFlight, fd: RawFd) -> Option<Watched<'a>> {
         let (worker, _) = current()?;
-        if !worker.is_quiet() {
+        if !events_pay(worker) {
             return None;
         }
         Watched::begin(inflight, fd)
@@ -109,7 +109,7 @@ impl<'a> Watched<'a> {
     /// Whether a receive is better off with the watch. After many on a worker with much to do, it is ended.
     #[inline(always)]
     pub(crate) fn pays(&self) -> bool {
-        self.worker.is_quiet() || self.pays_still()
+        events_pay(self.worker) || self.pays_still()
     }
 
     #[inline(never)]
@@ -212,6 +212,16 @@ pub(crate) fn found_untold(inflight: &InFlight, events: u32) {
     if events == SECOND_LOOK {
         inflight.never_watch();
     }
+}
+
+/// Whether receives had better wait for events just now.
+///
+/// With little to do, a plain try before would find nothing; in a crowd, events bring a few fibers at a time, in the order in which
+/// their data came (1,024 connections of 64 bytes: TCP 1.07 × what epoll costs, Unix sockets 1.11, through the ring 1.15 and 1.29). In between a
+/// worker comes round when its peers have answered, and the try that finds something is cheaper (64 connections: 0.99 × against 1.02 ×).
+#[inline(always)]
+fn events_pay(worker: &Worker) -> bool {
+    worker.is_quiet() || worker.is_crowded()
 }
 
 /// Whether a short receive after these events need not have taken all.

@@ -30,7 +30,7 @@ impl Socket {
         if !self.0.receives.load(Ordering::Relaxed) || !self.is_plain_stream() {
             return None;
         }
-        Watched::begin_if_quiet(&self.0.inflight, self.0.fd)
+        Watched::begin_if_it_pays(&self.0.inflight, self.0.fd)
     }
 
     /// [`begin_watch`](Socket::begin_watch), for one who receives by plain calls, whatever the socket's timeout is.
