@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use ringsock::prelude::*;
 use ringsock::{
-    OptionValue, Runtime, UnixAddr, run, socketpair, socketpair_with, spawn, yield_now,
+    OptionValue, Runtime, UnixAddr, run, sleep, socketpair, socketpair_with, spawn, yield_now,
 };
 use support::{Beside, Random, beside, child, child_part, errno, on_both, seed};
 
@@ -1483,5 +1483,23 @@ fn the_descriptor_works_with_poll() {
         left.sendall(b"x").unwrap();
         assert_ne!(poll(&right, libc::POLLIN) & libc::POLLIN, 0);
         assert_eq!(right.recv(1).unwrap(), b"x");
+    });
+}
+
+/// A fiber that receives lets the others go first. What they do to the mode meanwhile holds for the next call.
+#[test]
+fn a_receive_goes_by_the_mode_in_which_it_began() {
+    run(|| {
+        let (left, right) = socketpair().unwrap();
+        let reader = spawn({
+            let right = right.clone();
+            move || right.recv(16)
+        });
+        let switcher = spawn(move || right.setblocking(false));
+        switcher.join().unwrap().unwrap();
+        sleep(0.01).unwrap();
+        assert!(!reader.is_finished(), "it waits");
+        left.sendall(b"late").unwrap();
+        assert_eq!(reader.join().unwrap().unwrap(), b"late");
     });
 }

@@ -660,13 +660,14 @@ impl Socket {
         if bufsize == 0 {
             return Ok(Buf::default());
         }
+        let timeout_ns = self.timeout_ns();
         if self.0.kind == SOCK_STREAM
             && flags == MsgFlags::default()
-            && self.timeout_ns() != NON_BLOCKING
+            && timeout_ns != NON_BLOCKING
             && let Some(borrower) = fiber::Borrower::of(bufsize)
         {
             let mut received = Buf::default();
-            let result = match self.recv_lease(borrower, &mut received) {
+            let result = match self.recv_lease(borrower, timeout_ns, &mut received) {
                 code @ ..0 => Err(error_from_outcome(code)),
                 _ => Ok(received),
             };
@@ -677,7 +678,7 @@ impl Socket {
 
     /// A receive in a fiber, into a buffer that is taken once there is something to put into it: the bytes or a code.
     #[inline(always)]
-    fn recv_lease(&self, borrower: Borrower, out: &mut Buf) -> i32 {
+    fn recv_lease(&self, borrower: Borrower, timeout_ns: i64, out: &mut Buf) -> i32 {
         if self.0.inflight.watch().is_some()
             && let Some(code) = self.recv_lease_watched(borrower, out)
         {
@@ -685,16 +686,17 @@ impl Socket {
         }
         match borrower.receive_in_turn(self.0.fd, out) {
             Some(code) => code,
-            None => self.recv_lease_later(borrower, out),
+            None => self.recv_lease_later(borrower, timeout_ns, out),
         }
     }
 
     /// Waits for readiness rather than for the receive itself: the ring would have to be lent a buffer for all that time. (Of
     /// datagrams the two differ: after SHUT_RD, AF_UNIX tells the end to a receive that waits, but is not ready.)
+    ///
+    /// `timeout_ns` is that of the call's start: another fiber, which had its turn meanwhile, may have changed the mode.
     #[inline(never)]
-    fn recv_lease_later(&self, borrower: Borrower, out: &mut Buf) -> i32 {
+    fn recv_lease_later(&self, borrower: Borrower, timeout_ns: i64, out: &mut Buf) -> i32 {
         let fd = self.0.fd;
-        let timeout_ns = self.timeout_ns();
         if let Some(code) = self.recv_lease_newly_watched(borrower, timeout_ns, out) {
             return code;
         }
