@@ -15,6 +15,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 
 use crate::address::{Address, SockAddr};
 use crate::driver::op::TRANSFER_BYTES_MAX;
+#[cfg(any(test, fuzzing))]
+use crate::driver::scripted;
 use crate::error::{Error, Result};
 
 /// The calling thread's errno.
@@ -39,6 +41,16 @@ fn count(returned: isize) -> i32 {
     }
 }
 
+/// Lets a simulation (`driver/scripted.rs`) answer a call on one of its descriptors. Only tests and fuzz targets have any.
+macro_rules! simulated {
+    ($fd:expr, $call:ident $(($($argument:expr),*))?) => {
+        #[cfg(any(test, fuzzing))]
+        if let Some(code) = scripted::call($fd, scripted::Call::$call $(($($argument),*))?) {
+            return code;
+        }
+    };
+}
+
 /// A negative result as an [`Error`].
 pub(crate) fn check(returned: i32) -> Result<i32> {
     if returned < 0 {
@@ -53,6 +65,7 @@ pub(crate) fn check(returned: i32) -> Result<i32> {
 
 #[inline(always)]
 pub(crate) fn recv(fd: RawFd, buffer: &mut [MaybeUninit<u8>], flags: i32) -> i32 {
+    simulated!(fd, Recv(buffer, flags));
     // SAFETY: the kernel writes at most `len` bytes into the exclusively borrowed buffer, during the call only; no address is
     // asked for.
     let received = unsafe {
@@ -87,6 +100,7 @@ pub(crate) fn recv_with_flags(fd: RawFd, buffer: &mut [MaybeUninit<u8>], flags: 
 
 #[inline(always)]
 pub(crate) fn send(fd: RawFd, buffer: &[u8], flags: i32) -> i32 {
+    simulated!(fd, Send(buffer));
     // SAFETY: the kernel reads at most `len` bytes of the borrowed buffer, during the call only; no address is passed.
     let sent = unsafe {
         libc::syscall(
@@ -440,6 +454,7 @@ pub(crate) fn seek(fd: RawFd, position: i64) {
 }
 
 pub(crate) fn accept4(fd: RawFd, address: &mut SockAddr) -> i32 {
+    simulated!(fd, Accept);
     let (storage, len) = address.as_mut_parts();
     // SAFETY: `len` holds the size of `storage`; both live through the call.
     result(unsafe { libc::accept4(fd, storage, len, libc::SOCK_CLOEXEC) })
@@ -468,6 +483,7 @@ pub(crate) fn listen(fd: RawFd, backlog: i32) -> i32 {
 }
 
 pub(crate) fn shutdown(fd: RawFd, how: i32) -> i32 {
+    simulated!(fd, Shutdown(how));
     // SAFETY: no memory is passed.
     result(unsafe { libc::shutdown(fd, how) })
 }
@@ -486,6 +502,7 @@ pub(crate) fn getpeername(fd: RawFd, address: &mut SockAddr) -> i32 {
 
 /// poll(2) of one descriptor: the ready events, 0 when `timeout_ms` (-1: for ever) passed.
 pub(crate) fn poll(fd: RawFd, events: i16, timeout_ms: i32) -> i32 {
+    simulated!(fd, Poll(events));
     let mut entry = libc::pollfd {
         fd,
         events,
@@ -573,6 +590,7 @@ pub(crate) fn set_descriptor_flags(fd: RawFd, flags: i32) -> i32 {
 
 /// Closes a descriptor the caller owns. On Linux the number is free whatever close(2) says.
 pub(crate) fn close(fd: RawFd) -> i32 {
+    simulated!(fd, Close);
     // SAFETY: the caller owns `fd` and gives it up; no memory is passed.
     result(unsafe { libc::close(fd) })
 }
@@ -625,6 +643,10 @@ pub(crate) fn connect_outcome(fd: RawFd) -> i32 {
 
 /// Whether the descriptor is that of a socket that accepts connections.
 pub(crate) fn is_listening(fd: RawFd) -> bool {
+    #[cfg(any(test, fuzzing))]
+    if let Some(code) = scripted::call(fd, scripted::Call::IsListening) {
+        return code != 0;
+    }
     let mut value = [0u8; 4];
     getsockopt(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN, &mut value) >= 0 && value != [0; 4]
 }
@@ -667,6 +689,7 @@ pub(crate) fn setsockopt_null(fd: RawFd, level: i32, option: i32, len: u32) -> i
 
 /// Sets or clears `O_NONBLOCK` with one call.
 pub(crate) fn set_nonblocking(fd: RawFd, nonblocking: bool) -> i32 {
+    simulated!(fd, SetNonblocking(nonblocking));
     let mut value = libc::c_int::from(nonblocking);
     // SAFETY: FIONBIO reads one int, which lives through the call.
     result(unsafe { libc::ioctl(fd, libc::FIONBIO, &mut value) })
@@ -684,6 +707,7 @@ pub(crate) fn is_at_mark(fd: RawFd) -> bool {
 
 /// The descriptor's file status flags (`F_GETFL`).
 pub(crate) fn status_flags(fd: RawFd) -> i32 {
+    simulated!(fd, StatusFlags);
     // SAFETY: no memory is passed.
     result(unsafe { libc::fcntl(fd, libc::F_GETFL) })
 }
@@ -691,6 +715,7 @@ pub(crate) fn status_flags(fd: RawFd) -> i32 {
 /// Puts an `O_PATH` descriptor over the number `fd`: the number stays taken, and every later use of it as a socket, by call
 /// or by ring, answers EBADF.
 pub(crate) fn bury(fd: RawFd, tombstone: RawFd) -> i32 {
+    simulated!(fd, Bury);
     loop {
         // SAFETY: no memory is passed; the caller owns the number `fd`.
         match result(unsafe { libc::dup3(tombstone, fd, libc::O_CLOEXEC) }) {

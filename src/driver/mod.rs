@@ -37,7 +37,7 @@ mod epoll;
 pub(crate) mod features;
 pub(crate) mod op;
 mod queues;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod scripted;
 pub(crate) mod slab;
 mod timers;
@@ -200,7 +200,7 @@ static LOOK: Timespec = Timespec::new().nsec(100_000_000);
 enum Backend {
     Uring(Uring),
     Epoll(Box<Epoll>),
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     Scripted(scripted::Scripted),
 }
 
@@ -242,7 +242,7 @@ impl Driver {
     }
 
     /// A driver that plays a script.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn scripted(script: scripted::Scripted) -> Driver {
         Driver::over(Backend::Scripted(script), false)
     }
@@ -267,7 +267,7 @@ impl Driver {
                 epoll.watch_bell(eventfd.as_raw_fd())?;
                 fds.eventfd = Some(eventfd);
             }
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(_) => {}
         }
         Ok(Bell {
@@ -301,7 +301,7 @@ impl Driver {
                 !uring.has_unsubmitted()
             }
             Backend::Epoll(_) => false,
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(_) => false,
         }
     }
@@ -310,7 +310,7 @@ impl Driver {
         match &self.backend {
             Backend::Uring(uring) => uring.features(),
             Backend::Epoll(epoll) => epoll.features(),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(script) => script.features(),
         }
     }
@@ -320,7 +320,7 @@ impl Driver {
         match &self.backend {
             Backend::Uring(uring) => uring.has_zero_copy(),
             Backend::Epoll(_) => false,
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(_) => false,
         }
     }
@@ -340,7 +340,7 @@ impl Driver {
             // SAFETY: the caller's promise.
             Backend::Uring(uring) => unsafe { uring.register_buffer(start, bytes) },
             Backend::Epoll(_) => Err(libc::EOPNOTSUPP),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(_) => Err(libc::EOPNOTSUPP),
         }
     }
@@ -350,7 +350,7 @@ impl Driver {
         match &mut self.backend {
             Backend::Uring(uring) => uring.unregister_buffer(index),
             Backend::Epoll(_) => {}
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(_) => {}
         }
     }
@@ -369,7 +369,7 @@ impl Driver {
         match &self.backend {
             Backend::Uring(uring) => uring.is_ours(),
             Backend::Epoll(epoll) => epoll.is_ours(),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(_) => true,
         }
     }
@@ -422,7 +422,7 @@ impl Driver {
                 epoll.prepare(op, key, timeout);
                 Ok(())
             },
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             // SAFETY: the caller's promise.
             Backend::Scripted(script) => unsafe { script.prepare(op, key, timeout) },
         }?;
@@ -456,7 +456,7 @@ impl Driver {
                 epoll.cancel(key);
                 Ok(())
             }
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(script) => {
                 script.cancel(key);
                 Ok(())
@@ -477,7 +477,7 @@ impl Driver {
             }
             // A receive that waits is a registration already, and no more.
             Backend::Epoll(_) => None,
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(_) => None,
         }
     }
@@ -567,7 +567,7 @@ impl Driver {
                 uring.has_last(id.0)
             }
             Backend::Epoll(_) => true,
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(_) => true,
         }
     }
@@ -607,7 +607,7 @@ impl Driver {
                 }
                 // A registration goes with its eventfd.
                 Backend::Epoll(_) => {}
-                #[cfg(test)]
+                #[cfg(any(test, fuzzing))]
                 Backend::Scripted(_) => {}
             }
         }
@@ -624,7 +624,7 @@ impl Driver {
                 let _ = uring.prepare_tick(&self.tick, TAG_TIMER, &mut self.counters);
             },
             Backend::Epoll(epoll) => epoll.tick(ns.max(0)),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(_) => {}
         }
     }
@@ -669,7 +669,7 @@ impl Driver {
                 uring.enter(wait, &mut self.counters);
             }
             Backend::Epoll(epoll) => epoll.enter(wait, &mut self.counters),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(script) => script.enter(wait),
         }
     }
@@ -681,7 +681,7 @@ impl Driver {
             let (user_data, completion) = match &mut self.backend {
                 Backend::Uring(uring) => uring.next(&mut self.counters)?,
                 Backend::Epoll(epoll) => epoll.next(&mut self.counters)?,
-                #[cfg(test)]
+                #[cfg(any(test, fuzzing))]
                 Backend::Scripted(script) => script.next()?,
             };
             let delivered = if user_data as u32 >= WATCH_FIRST {
@@ -802,7 +802,7 @@ impl Driver {
             }
             // Here an operation holds no file.
             Backend::Epoll(_) => {}
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(_) => {}
         }
     }
@@ -818,7 +818,7 @@ impl Driver {
                 uring.has_unsubmitted() || uring.has_deferred() || wants_look || wants_check
             }
             Backend::Epoll(epoll) => epoll.has_work(),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(script) => script.has_work(),
         }
     }
@@ -829,7 +829,7 @@ impl Driver {
         match &self.backend {
             Backend::Uring(uring) => uring.has_completions(),
             Backend::Epoll(epoll) => epoll.has_completions(),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(script) => script.has_work(),
         }
     }
@@ -854,7 +854,7 @@ impl Driver {
     pub(crate) fn now_ns(&self) -> i64 {
         match &self.backend {
             Backend::Uring(_) | Backend::Epoll(_) => sys::monotonic_ns(),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(script) => script.now_ns(),
         }
     }
@@ -864,7 +864,7 @@ impl Driver {
     pub(crate) fn attempt(&mut self, op: &mut Op<'_>) -> i32 {
         match &mut self.backend {
             Backend::Uring(_) | Backend::Epoll(_) => op.attempt(),
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Backend::Scripted(script) => script.attempt(op),
         }
     }

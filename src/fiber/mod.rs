@@ -50,10 +50,14 @@ pub(crate) mod ready;
 pub(crate) mod remote;
 pub(crate) mod route;
 pub(crate) mod scheduler;
+#[cfg(any(test, fuzzing))]
+mod simulated;
 #[cfg(test)]
 mod simulation;
 mod spin;
 pub(crate) mod stack;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod story;
 pub(crate) mod sync;
 pub(crate) mod thread;
 pub(crate) mod wait_queue;

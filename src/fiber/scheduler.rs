@@ -231,6 +231,13 @@ impl Worker {
         self.stacks.borrow_mut()
     }
 
+    /// Puts another pool of stacks, of the same size, in the place of the one it has.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn replace_stacks(&self, stacks: StackPool) -> StackPool {
+        assert!(self.live.get() == 0, "a fiber has one of the stacks");
+        self.stacks.replace(stacks)
+    }
+
     /// What the worker's driver found the kernel to offer.
     pub(crate) fn features(&self) -> Features {
         self.driver.with(|driver| driver.features().clone())

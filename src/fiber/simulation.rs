@@ -6,60 +6,23 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
-use super::join::{spawn, start_first};
-use super::scheduler::{Limits, Worker};
-use super::{sleep, timeout, yield_now};
-use crate::driver::Driver;
-use crate::driver::scripted::{Random, Scripted, World};
+use super::join::spawn;
+use super::story::{ENDINGS, PATIENT, socket_calls};
+use super::{simulated, sleep, timeout, yield_now};
+use crate::driver::scripted::{Random, World};
 use crate::error::{Error, Result};
-use crate::metrics::Counts;
 use crate::socket::Socket;
 
-/// Runs `main` as the first fiber of a worker over a scripted driver, to the end of the worker: its result.
+/// [`simulated::run`] in the world of a seed: the story's result, and what the world is at its end.
 fn simulate<T: 'static>(
     seed: u64,
     main: impl FnOnce(Rc<RefCell<World>>) -> T + 'static,
 ) -> (T, Rc<RefCell<World>>) {
-    let world = World::new(seed);
-    let driver = Driver::scripted(Scripted::new(world.clone()));
-    let limits = Limits {
-        stack_bytes: 64 * 1024,
-        fibers_max: 64,
-        spawns_max: 4,
-        grace: Duration::from_secs(1),
-        spin: Duration::ZERO,
-        buffers: (3, 24),
-        zero_copy: Default::default(),
-    };
-    let counts = Arc::new(Counts::default());
-    let worker = Worker::new(driver, limits, counts.clone()).unwrap();
-    let for_main = world.clone();
-    let main = start_first(&worker, move || {
-        struct Stop;
-        impl Drop for Stop {
-            fn drop(&mut self) {
-                super::worker().unwrap().stop();
-            }
-        }
-        let _stop = Stop;
-        main(for_main)
-    })
-    .unwrap();
-    worker.run();
-    let metrics = counts.snapshot();
-    OPERATIONS.with(|count| count.set(count.get() + metrics.operations));
-    assert_eq!(metrics.fibers_live, 0, "seed {seed}: fibers left");
-    assert_eq!(metrics.in_flight, 0, "seed {seed}: operations left");
-    assert_eq!(
-        metrics.cqes_unknown, 0,
-        "seed {seed}: a completion found nobody"
-    );
-    let result = main
-        .join()
-        .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    let world = World::new(Random::new(seed));
+    let (result, operations) = simulated::run(&world, format_args!("seed {seed}"), main);
+    OPERATIONS.with(|count| count.set(count.get() + operations));
     (result, world)
 }
 
@@ -407,4 +370,30 @@ fn receive_leases(socket: &Socket, random: &mut Random) -> (Vec<u8>, Result<()>,
         }
     };
     (received, end, counts)
+}
+
+/// Stories of random bytes: see `story.rs`, which has what must hold.
+#[test]
+fn any_calls_keep_every_byte_and_end_for_a_reason() {
+    let mut seen = [0u64; ENDINGS];
+    for seed in seeds() {
+        let mut random = Random::new(seed ^ 0x5eed);
+        let mut data: Vec<u8> = (0..random.below(256))
+            .map(|_| random.next() as u8)
+            .collect();
+        if let Some(patience) = data.get_mut(1)
+            && random.one_in(4)
+        {
+            *patience = PATIENT;
+        }
+        let played = std::panic::catch_unwind(|| socket_calls(&data));
+        let (counts, operations) = played.unwrap_or_else(|_| panic!("seed {seed}: {data:?}"));
+        OPERATIONS.with(|count| count.set(count.get() + operations));
+        seen.iter_mut().zip(counts).for_each(|(sum, n)| *sum += n);
+    }
+    assert!(
+        seen.iter().all(|count| *count >= one_in_twenty() / 20),
+        "all endings occur: {seen:?}"
+    );
+    say_how_much();
 }

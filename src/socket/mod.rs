@@ -1600,7 +1600,7 @@ fn transferred(code: i32) -> Result<usize> {
     Err(error_from_outcome(code))
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 impl Socket {
     /// A socket over a descriptor of the scripted driver.
     pub(crate) fn simulated(fd: RawFd) -> Socket {
@@ -1621,6 +1621,7 @@ impl Socket {
     }
 
     /// `settimeout` without the descriptor's flag.
+    #[cfg(test)]
     pub(crate) fn set_timeout_ns(&self, timeout_ns: i64) {
         self.0.timeout_ns.store(timeout_ns, Ordering::Relaxed);
     }
