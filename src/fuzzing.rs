@@ -87,6 +87,11 @@ pub fn cqe_sequence(mut data: &[u8]) {
     }
 }
 
+/// Socket calls of several fibers over a simulated kernel, all of it chosen by the bytes: see `fiber/story.rs`.
+pub fn socket_calls(data: &[u8]) {
+    let _ = crate::fiber::story::socket_calls(data);
+}
+
 /// An address as the kernel might leave it: it is decoded without a panic, and what it means survives being encoded again.
 pub fn kernel_address(data: &[u8]) {
     let data = &data[..data.len().min(128)];
