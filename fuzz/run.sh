@@ -7,8 +7,8 @@
 # Needs `cargo install cargo-fuzz`. RUSTC_BOOTSTRAP lets the stable compiler pass the sanitizer's flags. Corpora that grow stay in
 # fuzz/corpus, a failing input is written to fuzz/artifacts and named at the end.
 #
-# Not among "all": socket_calls_live, which makes its calls on real sockets, with timeouts of 50 microseconds, and so does some hundred
-# executions a second. `fuzz/run.sh 60s socket_calls_live` plays it for a minute.
+# Not among "all": socket_calls_live, which makes its calls on real sockets, with timeouts of 50 microseconds, and so does 100 to
+# 2,000 executions a second. `fuzz/run.sh 60s socket_calls_live` plays it for a minute.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${1:-20000000}

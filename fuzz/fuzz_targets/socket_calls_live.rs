@@ -1,11 +1,14 @@
 //! Sequences of calls on two connected sockets, by a fiber and a second one beside it, against a model of the two streams: each byte
 //! that was taken comes out once, in order; and nothing panics, hangs or leaves a descriptor.
 //!
-//! The sockets and the ring are the kernel's, so an execution takes as long as its timeouts: some hundred a second. `socket_calls` is
+//! The sockets and the ring are the kernel's, so an execution takes as long as its timeouts: 100 to 2,000 a second. `socket_calls` is
 //! the target for many.
 //!
 //! The first byte chooses the pair (TCP or Unix) and the mode; then two bytes a call: which, and how much.
 #![no_main]
+
+#[path = "../asan_options.rs"]
+mod asan_options;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
