@@ -18,6 +18,8 @@ pub const OUR_EPOLL: &str = "ringsock epoll-driver";
 pub const EPOLLS: [&str; 4] = ["epoll", "epoll edge", "epoll mmsg", "epoll gro"];
 /// The first of [`EPOLLS`] once more: what it differs by from itself is chance.
 pub const AGAIN: &str = "epoll again";
+/// Epoll with a receive buffer for each connection: what of others' costs comes from theirs. Takes part where these fill a cache.
+pub const OWN_BUFFERS: &str = "epoll own buffers";
 /// The hand-written rings, which are limits and no rivals.
 pub const LIMITS: [&str; 4] = ["raw-single", "raw-multi", "raw-multi direct", "poll-ring"];
 /// Other people's runtimes; each is a program `peer-NAME` of the package `benches/peers`.
@@ -33,6 +35,9 @@ const TIMEOUT: &str = "30";
 const BATCH: &str = "32";
 /// Microseconds to spin before sleeping.
 const SPIN: &str = "50";
+
+/// Buffers of this many bytes together are more than a processor's own cache has room for beside what else it needs.
+const CACHE: u64 = 1 << 20;
 
 /// A server that takes part.
 #[derive(Clone, Debug)]
@@ -73,8 +78,11 @@ impl Contender {
         let same = idle && (self.name == AGAIN || self.name == EPOLLS[1]);
         // Only datagrams come several to a call.
         let unlike = EPOLLS[2..].contains(&&*self.name) && cell.family != Family::Udp;
+        let fits = u64::from(cell.connections) * u64::from(cell.buffer()) < CACHE;
+        let small = self.name == OWN_BUFFERS
+            && (fits || cell.family == Family::Udp || cell.kind != Kind::Echo);
         let shows = cell.lineup != Lineup::Proxy || proxy::takes_part(&self.name, cell);
-        self.lineup == cell.lineup && !same && !unlike && shows
+        self.lineup == cell.lineup && !same && !unlike && !small && shows
     }
 
     /// The server's command line; `socket` is where a Unix socket may be made.
@@ -104,6 +112,7 @@ pub fn all(root: &Path, peers: Option<&Path>) -> io::Result<(Vec<Contender>, Vec
         Contender::new(Main, epoll, &["epoll"])?,
         Contender::new(Main, AGAIN, &["epoll"])?,
         Contender::new(Main, edge, &["epoll", "--edge"])?,
+        Contender::new(Main, OWN_BUFFERS, &["epoll", "--own"])?,
         Contender::new(Main, mmsg, &["epoll", "--batch", BATCH])?,
         Contender::new(Main, gro, &["epoll", "--batch", BATCH, "--segments"])?,
         Contender::new(Main, "raw-single", &["raw-single"])?,

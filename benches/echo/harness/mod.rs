@@ -99,7 +99,7 @@ pub struct HarnessArgs {
 }
 
 /// How often each contender has its turn in a timed round, and in one of a quick run.
-const PASSES: usize = 24;
+const PASSES: usize = 16;
 const QUICK_PASSES: usize = 4;
 
 /// Runs the comparison.

@@ -3,7 +3,7 @@
 use std::io;
 
 use super::cells::{Cell, Family, Kind, Lineup};
-use super::contenders::{AGAIN, EPOLLS, LIMITS, OUR_EPOLL, OUR_LEASES, OURS};
+use super::contenders::{AGAIN, EPOLLS, LIMITS, OUR_EPOLL, OUR_LEASES, OURS, OWN_BUFFERS};
 use super::json::{CellResult, ContenderResult, Run};
 use super::proxy;
 use super::stats::{self, Ratio, Tolerance, Verdict, judge, median, minimum};
@@ -305,7 +305,10 @@ fn rivals(run: &Run) -> Vec<String> {
     names.retain(|name| {
         let name = name.as_str();
         let ours = [OURS, OUR_LEASES, OUR_EPOLL].contains(&name);
-        !ours && name != AGAIN && !EPOLLS.contains(&name) && !LIMITS.contains(&name)
+        !ours
+            && ![AGAIN, OWN_BUFFERS].contains(&name)
+            && !EPOLLS.contains(&name)
+            && !LIMITS.contains(&name)
     });
     names
 }
@@ -379,7 +382,8 @@ pub fn agreement(run: &Run, earlier: &Run) -> io::Result<Agreement> {
         difference: 0.0,
         sentences: format!("Of {} ratios to epoll, in the two runs:", pairs.len()),
     };
-    let statistics: [(&str, bool, fn(&Ratio) -> f64); 3] = [
+    type Statistic = (&'static str, bool, fn(&Ratio) -> f64);
+    let statistics: [Statistic; 3] = [
         ("median", true, |ratio| ratio.median),
         ("calm", true, |ratio| ratio.calm),
         ("minimum", false, |ratio| ratio.minimum),

@@ -1,4 +1,4 @@
-//! Echo with epoll, level- or edge-triggered, with one receive buffer for all connections.
+//! Echo with epoll, level- or edge-triggered, with one receive buffer for all connections, or one for each.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -22,6 +22,9 @@ pub struct EpollArgs {
     /// Ask again for so long before sleeping.
     #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub(super) spin: Option<u64>,
+    /// A receive buffer for each connection, as who keeps a part of a message has to have it.
+    #[arg(long)]
+    own: bool,
     /// Datagrams to receive, and to send, with one call.
     #[arg(long, value_name = "DATAGRAMS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(super) batch: u32,
@@ -41,6 +44,8 @@ struct EpollConn {
     /// connection waits for EPOLLOUT alone.
     pending: Vec<u8>,
     sent: usize,
+    /// Its receive buffer, if each connection has one.
+    own: Box<[u8]>,
 }
 
 struct Epoll {
@@ -50,6 +55,7 @@ struct Epoll {
     connections: Vec<EpollConn>,
     free: Vec<u32>,
     buffer: Box<[u8]>,
+    own: bool,
     interest: u32,
     edge: bool,
     spin: Option<Duration>,
@@ -85,6 +91,7 @@ pub fn serve(args: &EpollArgs) -> io::Result<()> {
         connections: Vec::new(),
         free: Vec::new(),
         buffer: vec![0u8; args.listen.buffer as usize].into_boxed_slice(),
+        own: args.own,
         interest: libc::EPOLLIN as u32 | edge,
         edge: args.edge,
         spin: args.spin.map(Duration::from_micros),
@@ -195,11 +202,13 @@ impl Epoll {
                     _ => Err(io::Error::from_raw_os_error(error)),
                 };
             }
+            let bytes = if self.own { self.buffer.len() } else { 0 };
             let connection = EpollConn {
                 fd,
                 seen: self.tick,
                 pending: Vec::new(),
                 sent: 0,
+                own: vec![0; bytes].into_boxed_slice(),
             };
             let index = put(&mut self.connections, &mut self.free, connection);
             self.watch(libc::EPOLL_CTL_ADD, index, self.interest)?;
@@ -213,6 +222,22 @@ impl Epoll {
 
     #[inline(always)]
     fn ready(&mut self, index: u32, events: u32) -> io::Result<()> {
+        if !self.own {
+            return self.echo(index, events);
+        }
+        self.change_buffer(index);
+        let echoed = self.echo(index, events);
+        self.change_buffer(index);
+        echoed
+    }
+
+    fn change_buffer(&mut self, index: u32) {
+        let own = &mut self.connections[index as usize].own;
+        std::mem::swap(&mut self.buffer, own);
+    }
+
+    #[inline(always)]
+    fn echo(&mut self, index: u32, events: u32) -> io::Result<()> {
         let connection = &mut self.connections[index as usize];
         if !connection.pending.is_empty() {
             return self.flush(index);
