@@ -106,7 +106,7 @@ impl<'a> Watched<'a> {
         Watched::of(inflight)
     }
 
-    /// Whether a receive is better off with the watch. After many on a worker with much to do, it is ended.
+    /// Whether a receive is better off with the watch. After many that are not, it is ended.
     #[inline(always)]
     pub(crate) fn pays(&self) -> bool {
         events_pay(self.worker) || self.pays_still()
