@@ -76,6 +76,9 @@ pub struct HarnessArgs {
     /// No timed rounds, only the counts.
     #[arg(long)]
     untimed: bool,
+    /// Leave out the runs at a fixed rate, from which latencies come.
+    #[arg(long)]
+    no_latency: bool,
     /// Write benches/RESULTS.md and benches/results.
     #[arg(long, conflicts_with = "out")]
     record: bool,
@@ -275,10 +278,10 @@ fn measure(args: &HarnessArgs, root: &Path) -> io::Result<Option<Run>> {
             contenders: part.iter().map(|contender| result_of(contender)).collect(),
         })
         .collect();
-    let paced_rounds = if args.quick {
-        rounds.min(1)
-    } else {
-        rounds.min(2)
+    let paced_rounds = match (args.no_latency, args.quick) {
+        (true, _) => 0,
+        (false, true) => rounds.min(1),
+        (false, false) => rounds.min(2),
     };
     let progress = progress(&turns, rounds, paced_rounds, args.callgrind);
 
@@ -294,7 +297,7 @@ fn measure(args: &HarnessArgs, root: &Path) -> io::Result<Option<Run>> {
     for ((cell, part), result) in turns
         .iter()
         .zip(&mut results)
-        .filter(|((cell, _), _)| cell.paced())
+        .filter(|((cell, _), _)| paced_rounds > 0 && cell.paced())
     {
         result.offered = verdicts::offered(result);
         for round in 0..paced_rounds {
