@@ -24,6 +24,8 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 const SLICES: u64 = 12;
 /// The share of a slice's messages that goes before it unmeasured, to warm up what others have cooled; a connection has two at least.
 const LEAD_IN: u64 = 8;
+/// After how long a datagram is lost, in milliseconds: a slice with a loss takes so much longer.
+const LOSS_AFTER_MS: u64 = 50;
 /// How long a paced run is, in seconds.
 const PACED_SECONDS: f64 = 0.5;
 
@@ -481,6 +483,7 @@ fn options_of(kind: &str, cell: &Cell, messages: u64) -> Vec<OsString> {
         "udp" => {
             put("--flows", connections);
             put("--window", depth);
+            put("--loss-after", LOSS_AFTER_MS);
         }
         "churn" => put("--at-once", connections),
         "echo" => {
