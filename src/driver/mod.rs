@@ -220,7 +220,7 @@ impl Driver {
     fn over(backend: Backend, awaits_timers: bool) -> Driver {
         Driver {
             slots: Slots::new(),
-            watches: Watches::new(),
+            watches: Watches::new(matches!(backend, Backend::Uring(_))),
             counters: Counters::default(),
             backend,
             eventfd: None,

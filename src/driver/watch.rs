@@ -153,9 +153,10 @@ pub(super) struct Watches {
 }
 
 impl Watches {
-    pub(super) fn new() -> Watches {
+    /// With memory for [`RESERVED`] of them, where there will be any: a receive may begin one at any time.
+    pub(super) fn new(is_used: bool) -> Watches {
         Watches {
-            slab: Slab::new(),
+            slab: Slab::with_capacity(if is_used { RESERVED } else { 0 }),
             generation: 0,
             look: 0,
             wants_look: false,
@@ -165,9 +166,6 @@ impl Watches {
 
     /// A watch that is about to be armed.
     pub(super) fn begin(&mut self) -> Option<WatchId> {
-        if self.slab.capacity() == 0 {
-            self.slab.reserve(RESERVED);
-        }
         // Never 0 all in all: the lower half is not.
         self.generation = self.generation.wrapping_add(1);
         let index = self.slab.vacant_key();
@@ -431,7 +429,7 @@ mod tests {
 
     #[test]
     fn an_event_goes_to_who_waits_or_is_kept_for_the_next_look() {
-        let mut watches = Watches::new();
+        let mut watches = Watches::new(true);
         let id = watches.begin().unwrap();
         assert_eq!(watches.complete(id.0, event(libc::POLLIN)), None);
         assert_eq!(wait(&mut watches, id, 1), Told::Events(IN));
@@ -449,7 +447,7 @@ mod tests {
 
     #[test]
     fn a_watch_that_ends_by_itself_has_everything_looked_at() {
-        let mut watches = Watches::new();
+        let mut watches = Watches::new(true);
         let id = watches.begin().unwrap();
         let Told::Waits(key) = wait(&mut watches, id, 1) else {
             panic!("it does not wait");
@@ -464,7 +462,7 @@ mod tests {
 
     #[test]
     fn a_watch_that_ended_by_itself_is_forgotten_once_its_last_events_are_taken() {
-        let mut watches = Watches::new();
+        let mut watches = Watches::new(true);
         let id = watches.begin().unwrap();
         assert!(!watches.forget_if_over(id), "it is armed");
         // The queue was full: the event bears no F_MORE.
@@ -481,7 +479,7 @@ mod tests {
 
     #[test]
     fn a_wait_that_nobody_saw_a_need_for_ends_at_the_second_look() {
-        let mut watches = Watches::new();
+        let mut watches = Watches::new(true);
         let id = watches.begin().unwrap();
         let key = |n: u64| Key(n << 32);
         assert_eq!(wait(&mut watches, id, 1), Told::Waits(key(1)));
@@ -504,7 +502,7 @@ mod tests {
 
     #[test]
     fn a_check_ends_the_waits_whose_time_is_over_and_says_when_to_check_again() {
-        let mut watches = Watches::new();
+        let mut watches = Watches::new(true);
         let ids = [(); 3].map(|()| watches.begin().unwrap());
         let key = |n: u64| Key(n << 32);
         let start_ns = sys::monotonic_ns();
@@ -537,7 +535,7 @@ mod tests {
 
     #[test]
     fn what_comes_late_never_hits_the_next_watch() {
-        let mut watches = Watches::new();
+        let mut watches = Watches::new(true);
         let old = watches.begin().unwrap();
         assert!(watches.begin_end(old));
         assert_eq!(watches.complete(old.0, event(libc::POLLIN)), None);
