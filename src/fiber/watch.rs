@@ -217,8 +217,10 @@ pub(crate) fn found_untold(inflight: &InFlight, events: u32) {
 /// Whether receives had better wait for events just now.
 ///
 /// With little to do, a plain try before would find nothing; in a crowd, events bring a few fibers at a time, in the order in which
-/// their data came (1,024 connections of 64 bytes: TCP 1.07 × what epoll costs, Unix sockets 1.11, through the ring 1.15 and 1.29). In between a
-/// worker comes round when its peers have answered, and the try that finds something is cheaper (64 connections: 0.99 × against 1.02 ×).
+/// their data came: with 1,024 connections of 64 bytes in bursts TCP costs 1.07 × what epoll does, Unix sockets 1.11, through the ring
+/// 1.15 and 1.29. (Where thousands are busy without pause, the ring, which does one kind of work at a time, is cheaper by an eighth, and p99
+/// with it longer by half: `benches/GAINS.md`.) In between a worker comes round when its peers have answered, and the try that finds
+/// something is cheaper (64 connections: 0.99 × against 1.02 ×).
 #[inline(always)]
 fn events_pay(worker: &Worker) -> bool {
     worker.is_quiet() || worker.is_crowded()
