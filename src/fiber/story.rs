@@ -394,6 +394,10 @@ impl Player {
             limit_ns: Some(square(how >> 2)),
             ..plain
         };
+        let dont_wait = Terms {
+            dont_wait: true,
+            ..plain
+        };
         let limit = Duration::from_nanos(square(how >> 2));
         match what & 0x3f {
             0..4 => self.send(which, size, plain, |socket, bytes| socket.send(bytes)),
@@ -405,10 +409,6 @@ impl Player {
                 timeout(limit, || socket.send(bytes))
             }),
             9 => {
-                let dont_wait = Terms {
-                    dont_wait: true,
-                    ..plain
-                };
                 self.send(which, size, dont_wait, |socket, bytes| {
                     socket.send_with(bytes, MSG_DONTWAIT)
                 });
@@ -441,10 +441,6 @@ impl Player {
                 });
             }
             23 => {
-                let dont_wait = Terms {
-                    dont_wait: true,
-                    ..plain
-                };
                 self.receive(which, size, dont_wait, |socket| {
                     socket.recv_with(size, MSG_DONTWAIT)
                 });
@@ -637,12 +633,7 @@ impl Player {
         let is_cancelled = fellow.is_cancelled.clone();
         let handle = spawn(move || fellow.receive_into(which, size, Terms::default()));
         beside(&handle, &is_cancelled);
-        match handle.join() {
-            Err(JoinError::Interrupted(error)) => {
-                self.check_error(&error, &self.stage.streams[which].modes, Terms::default());
-            }
-            other => other.unwrap(),
-        }
+        self.join(handle, &self.stage.streams[which].modes);
     }
 
     /// Closes a socket while another fiber receives, or will receive, from a peer that says nothing: both end.
@@ -664,9 +655,14 @@ impl Player {
             yield_now();
         }
         modes.close();
-        match handle.join() {
+        self.join(handle, &modes);
+    }
+
+    /// Waits for a fellow, who calls this socket.
+    fn join(&self, fellow: JoinHandle<()>, modes: &Modes) {
+        match fellow.join() {
             Err(JoinError::Interrupted(error)) => {
-                self.check_error(&error, &modes, Terms::default());
+                self.check_error(&error, modes, Terms::default());
             }
             other => other.unwrap(),
         }

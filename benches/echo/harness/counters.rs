@@ -203,14 +203,14 @@ pub fn cpu_time_ns(pid: libc::pid_t) -> io::Result<f64> {
 /// The clock of a process that runs on another processor is as of the last tick or switch there, some milliseconds ago at worst
 /// (read_sum_exec_runtime in kernel/sched/cputime.c is exact for one's own threads only). Who still works after its last echo would have
 /// that taken off.
-pub fn settle(pid: libc::pid_t) -> io::Result<()> {
+pub fn settle(pid: libc::pid_t) {
     let start = Instant::now();
     loop {
         // Before the first look, too: a thread that is about to sleep says that it does a moment before its time is counted.
         std::thread::sleep(SETTLE_STEP);
         let mut all = std::iter::once(pid).chain(children(pid));
         if !all.any(runs) || start.elapsed() > SETTLE_MAX {
-            return Ok(());
+            return;
         }
     }
 }
@@ -371,7 +371,7 @@ mod tests {
             use std::io::{Read, Write};
             go.write_all(b"\n").unwrap();
             done.read_exact(&mut [0]).unwrap();
-            settle(pid).unwrap();
+            settle(pid);
             let at_rest = cpu_time_ns(pid).unwrap();
             std::thread::sleep(Duration::from_millis(10));
             assert_eq!(cpu_time_ns(pid).unwrap(), at_rest);
