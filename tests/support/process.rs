@@ -6,7 +6,10 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::process::{
+    Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio,
+};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,7 +32,8 @@ pub struct Process {
     name: String,
     child: Child,
     stdout: BufReader<ChildStdout>,
-    stderr: Option<thread::JoinHandle<String>>,
+    stderr: Arc<Mutex<Vec<u8>>>,
+    stderr_reader: Option<thread::JoinHandle<()>>,
     watchdog: Option<thread::JoinHandle<bool>>,
 }
 
@@ -70,7 +74,8 @@ impl Process {
             .spawn()?;
         let stdin = child.stdin.take().expect("piped");
         let stdout = BufReader::new(child.stdout.take().expect("piped"));
-        let mut stderr = child.stderr.take().expect("piped");
+        let from = child.stderr.take().expect("piped");
+        let stderr = Arc::new(Mutex::new(Vec::new()));
         let watchdog = watch(&child).inspect_err(|_| {
             let _ = child.kill();
             let _ = child.wait();
@@ -79,11 +84,8 @@ impl Process {
             name,
             child,
             stdout,
-            stderr: Some(thread::spawn(move || {
-                let mut text = Vec::new();
-                let _ = stderr.read_to_end(&mut text);
-                String::from_utf8_lossy(&text).into_owned()
-            })),
+            stderr: stderr.clone(),
+            stderr_reader: Some(thread::spawn(move || collect(from, &stderr))),
             watchdog: Some(watchdog),
         };
         Ok((process, stdin))
@@ -144,6 +146,11 @@ impl Process {
         whole.then_some(line)
     }
 
+    /// What it has printed on standard error so far.
+    pub fn stderr(&self) -> String {
+        String::from_utf8_lossy(&self.stderr.lock().unwrap()).into_owned()
+    }
+
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
@@ -161,10 +168,11 @@ impl Process {
         let mut stdout = Vec::new();
         let read = self.stdout.read_to_end(&mut stdout);
         let status = self.child.wait().expect("a child can be waited for");
+        join(&mut self.stderr_reader);
         let finished = Finished {
             status,
             stdout,
-            stderr: join(&mut self.stderr),
+            stderr: self.stderr(),
         };
         read.unwrap_or_else(|error| panic!("{}: {error}\n{finished:?}", self.name));
         let killed = join(&mut self.watchdog);
@@ -184,9 +192,21 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if thread::panicking() && self.stderr.is_some() {
-            let stderr = join(&mut self.stderr);
-            eprintln!("standard error of {}:\n{stderr}", self.name);
+        if thread::panicking() && self.stderr_reader.is_some() {
+            join(&mut self.stderr_reader);
+            eprintln!("standard error of {}:\n{}", self.name, self.stderr());
+        }
+    }
+}
+
+/// Reads until the end of the file into a place where it can be looked at before.
+fn collect(mut from: ChildStderr, into: &Mutex<Vec<u8>>) {
+    let mut piece = [0; 4096];
+    loop {
+        match from.read(&mut piece) {
+            Ok(length @ 1..) => into.lock().unwrap().extend_from_slice(&piece[..length]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            _ => break,
         }
     }
 }
