@@ -112,7 +112,7 @@ impl Cell {
             name: format!("{}-gso", cell.name),
             segmented,
             // What takes one server a tenth of the time is still to be measured.
-            messages: 3 * cell.messages,
+            messages: 9 * cell.messages,
             ..cell
         }
     }
@@ -166,6 +166,11 @@ impl Cell {
             && matches!(self.lineup, Lineup::Main | Lineup::Proxy)
             && self.family != Family::Udp
             && self.depth == 1
+    }
+
+    /// Whether the load can pause, so that contenders take turns.
+    pub fn takes_turns(&self) -> bool {
+        matches!(self.kind, Kind::Echo | Kind::Churn | Kind::Fanout)
     }
 
     /// Whether one message goes to and fro. The load never sleeps then: its wake-ups, the server's business when it sends, would

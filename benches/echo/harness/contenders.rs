@@ -24,6 +24,8 @@ pub const OWN_BUFFERS: &str = "epoll own buffers";
 pub const LIMITS: [&str; 4] = ["raw-single", "raw-multi", "raw-multi direct", "poll-ring"];
 /// Other people's runtimes; each is a program `peer-NAME` of the package `benches/peers`.
 pub const PEERS: [&str; 6] = ["tokio", "monoio", "compio", "glommio", "tokio-uring", "may"];
+/// A thread for each connection, with std.
+const THREADS: &str = "threads";
 /// Those of a quick run.
 pub const QUICK: [&str; 5] = [OURS, EPOLLS[0], AGAIN, "raw-single", "raw-multi"];
 /// Echoes wrong bytes now and then, and takes part only if named: the harness must find it out.
@@ -81,8 +83,13 @@ impl Contender {
         let fits = u64::from(cell.connections) * u64::from(cell.buffer()) < CACHE;
         let small = self.name == OWN_BUFFERS
             && (fits || cell.family == Family::Udp || cell.kind != Kind::Echo);
+        // Who takes one by one what comes as one needs ten times as long: the plain epolls show it.
+        let one_by_one = cell.segmented
+            && (LIMITS.contains(&&*self.name)
+                || PEERS.contains(&&*self.name)
+                || self.name == THREADS);
         let shows = cell.lineup != Lineup::Proxy || proxy::takes_part(&self.name, cell);
-        self.lineup == cell.lineup && !same && !unlike && !small && shows
+        self.lineup == cell.lineup && !same && !unlike && !small && !one_by_one && shows
     }
 
     /// The server's command line; `socket` is where a Unix socket may be made.
@@ -119,7 +126,7 @@ pub fn all(root: &Path, peers: Option<&Path>) -> io::Result<(Vec<Contender>, Vec
         Contender::new(Main, "raw-multi", &["raw-multi"])?,
         Contender::new(Main, "raw-multi direct", &["raw-multi", "--direct"])?,
         Contender::new(Main, "poll-ring", &["poll-ring"])?,
-        Contender::new(Main, "threads", &["threads"])?,
+        Contender::new(Main, THREADS, &["threads"])?,
         Contender::new(Main, CORRUPT, &["corrupt"])?,
         Contender::new(Timeouts, OURS, &["ringsock"])?,
         Contender::new(

@@ -208,6 +208,7 @@ fn once(cell: &CellResult, rival: &str, ratio: f64, limit: f64, tolerance: f64) 
         minimum: ratio,
         calm: ratio,
         median: ratio,
+        error: 0.0,
     };
     let tolerance = Tolerance {
         calm: tolerance,

@@ -133,8 +133,18 @@ fn conditions(run: &Run) -> String {
     let stolen: Vec<f64> = all_rounds(run).map(|round| round.stolen).collect();
     let most = stolen.iter().copied().fold(0.0, f64::max);
     let slices = all_rounds(run).map(|round| round.slices.len()).max();
+    let contenders = run.cells.iter().flat_map(|cell| &cell.contenders);
+    let rounds = contenders.map(|contender| contender.rounds.len()).max();
+    let further = rounds.unwrap_or_default().saturating_sub(run.rounds);
+    let further = match further {
+        0 => String::new(),
+        further => format!(
+            " (and up to {further} more where a ratio to epoll was not known to ± {:.1} %)",
+            100.0 * verdicts::PRECISION
+        ),
+    };
     let mut out = format!(
-        "{} {} round{} of at most {} slices for each, in {:.0} min; of a round the hypervisor took {:.1} % in the middle and {:.1} % at \
+        "{} {} round{} of at most {} slices for each{further}, in {:.0} min; of a round the hypervisor took {:.1} % in the middle and {:.1} % at \
          most.",
         run.measure.sentence(),
         run.rounds,
@@ -237,6 +247,7 @@ fn details(run: &Run, cell: &CellResult) -> String {
         "min/epoll",
         "calm/epoll",
         "med/epoll",
+        "± %",
         "messages/s",
     ];
     let hard = run.measure == Measure::Cycles;
@@ -279,6 +290,7 @@ fn details(run: &Run, cell: &CellResult) -> String {
         row.push(number(ratio.map(|ratio| ratio.minimum), 3));
         row.push(number(ratio.map(|ratio| ratio.calm), 3));
         row.push(number(ratio.map(|ratio| ratio.median), 3));
+        row.push(number(ratio.map(|ratio| 100.0 * ratio.error), 1));
         row.push(number(
             median(&contender.each(|round| round.messages_per_second)),
             0,

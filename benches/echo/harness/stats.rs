@@ -26,6 +26,8 @@ pub struct Ratio {
     pub calm: f64,
     /// The median of all pairs' ratios.
     pub median: f64,
+    /// By how much that median may be off by chance, as a share of it ([`standard_error`]); 0 of a single pair.
+    pub error: f64,
 }
 
 /// The ratio of `first` to `second`, each a value per pass (of the same passes, by index), of which `calm` names some; `None`
@@ -40,10 +42,24 @@ pub fn ratio(first: &[f64], second: &[f64], calm: &[usize]) -> Option<Ratio> {
         minimum: minimum(first)? / minimum(second)?,
         calm: self::median(&chosen).unwrap_or(median),
         median,
+        error: standard_error(&within) / median,
     })
 }
 
-/// The passes in which the machine was fastest, a quarter of them (and one at least), given each contender's value in each pass.
+/// The standard error of the median of `values`, whatever their distribution: the values half the root of their number to either
+/// side of the middle have it between them two times in three.
+pub fn standard_error(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let Some(last) = sorted.len().checked_sub(1) else {
+        return 0.0;
+    };
+    let (middle, aside) = (last as f64 / 2.0, (sorted.len() as f64).sqrt() / 2.0);
+    let at = |place: f64| sorted[(place.round().max(0.0) as usize).min(last)];
+    (at(middle + aside) - at(middle - aside)) / 2.0
+}
+
+/// The passes in which the machine was fastest, half of them (and one at least), given each contender's value in each pass.
 ///
 /// How fast the machine was in a pass is the median over the contenders of what they needed in it, each against its own
 /// median: all of them choose, so that the choice favours nobody, which a minimum of each one's own does with whoever was lucky.
@@ -61,8 +77,8 @@ pub fn calm(contenders: &[Vec<f64>]) -> Vec<usize> {
         })
         .collect();
     levels.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let quarter = levels.len().div_ceil(4);
-    levels[..quarter].iter().map(|(_, pass)| *pass).collect()
+    levels.truncate(levels.len().div_ceil(2));
+    levels.into_iter().map(|(_, pass)| pass).collect()
 }
 
 /// How far a ratio may be off by chance, by the two statistics that judge.
@@ -148,6 +164,18 @@ mod tests {
     }
 
     #[test]
+    fn a_median_s_error_is_of_the_values_around_it() {
+        let values: Vec<f64> = (0..101).map(f64::from).collect();
+        // The middle is 50, the root of 101 is about 10.
+        assert_eq!(standard_error(&values), 5.0);
+        let far: Vec<f64> = values.iter().map(|value| value.powi(9)).collect();
+        let around = (55f64.powi(9) - 45f64.powi(9)) / 2.0;
+        assert_eq!(standard_error(&far), around);
+        assert_eq!(standard_error(&[3.0]), 0.0);
+        assert_eq!(standard_error(&[]), 0.0);
+    }
+
+    #[test]
     fn the_calm_passes_are_those_in_which_all_were_fast() {
         let contenders = [
             vec![10.0, 14.0, 9.0, 14.0, 10.0, 14.0, 13.0, 14.0],
@@ -155,8 +183,8 @@ mod tests {
             // Lucky when the others were not.
             vec![30.0, 3.0, 40.0, 41.0, 32.0, 40.0, 42.0, 43.0],
         ];
-        assert_eq!(calm(&contenders), [0, 4]);
-        assert_eq!(calm(&contenders[..1]), [2, 0]);
+        assert_eq!(calm(&contenders), [0, 4, 2, 6]);
+        assert_eq!(calm(&contenders[..1]), [2, 0, 4, 6]);
         assert_eq!(calm(&[vec![1.0]]), [0]);
         assert_eq!(calm(&[]), [0usize; 0]);
     }
@@ -175,6 +203,7 @@ mod tests {
                 minimum: 1.0,
                 calm,
                 median,
+                error: 0.0,
             })
         };
         let cells = [

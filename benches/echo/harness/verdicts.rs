@@ -10,6 +10,9 @@ use super::stats::{self, Ratio, Tolerance, Verdict, judge, median, minimum};
 
 /// Two runs agree if no ratio differs by more than this share.
 pub const AGREEMENT: f64 = 0.05;
+/// A ratio to epoll is known well enough once its standard error is no larger share of it: two runs then differ by more than
+/// [`AGREEMENT`] in one of 300.
+pub const PRECISION: f64 = 0.012;
 
 /// Whether a cell of the main line-up compares what its contenders cost to what epoll costs.
 pub fn compares(cell: &Cell) -> bool {
@@ -59,9 +62,29 @@ pub fn against_epoll(cell: &CellResult, name: &str) -> Option<Ratio> {
         let so_far = worst.get_or_insert(ratio);
         so_far.minimum = so_far.minimum.max(ratio.minimum);
         so_far.calm = so_far.calm.max(ratio.calm);
-        so_far.median = so_far.median.max(ratio.median);
+        if ratio.median > so_far.median {
+            (so_far.median, so_far.error) = (ratio.median, ratio.error);
+        }
     }
     worst
+}
+
+/// Which contenders of a cell have to play on for every ratio to epoll to be known to within [`PRECISION`]: those whose is not, and
+/// if there are any, the epolls.
+pub fn uncertain(cell: &CellResult) -> Vec<bool> {
+    let epolls = epolls(&cell.cell);
+    let error = |name: &str| {
+        let errors = (epolls.iter().filter(|epoll| **epoll != name))
+            .filter_map(|epoll| Some(against(cell, name, epoll)?.error));
+        errors.fold(0.0, f64::max)
+    };
+    let open: Vec<bool> = (cell.contenders.iter())
+        .map(|contender| error(&contender.name) > PRECISION)
+        .collect();
+    let any = open.contains(&true);
+    (cell.contenders.iter().zip(open))
+        .map(|(contender, open)| open || any && epolls.contains(&&*contender.name))
+        .collect()
 }
 
 /// How far chance goes in each cell.
@@ -417,4 +440,40 @@ pub fn agreement(run: &Run, earlier: &Run) -> io::Result<Agreement> {
 pub fn cost(contender: &ContenderResult) -> Option<(f64, f64)> {
     let slices = contender.slices();
     Some((minimum(&slices)?, median(&slices)?))
+}
+
+#[cfg(test)]
+mod tests {
+    // A bench is built with cfg(test) but without its tests, which `tests/echo_bench.rs` runs.
+    #[allow(unused_imports)]
+    use super::super::json::Round;
+    #[allow(unused_imports)]
+    use super::*;
+
+    #[test]
+    fn those_whose_ratio_is_not_known_well_play_on_beside_the_epolls() {
+        let contender = |name: &str, slices: [f64; 9]| ContenderResult {
+            name: name.to_owned(),
+            rounds: vec![Round {
+                slices: slices.to_vec(),
+                ..Round::default()
+            }],
+            ..ContenderResult::default()
+        };
+        let steady = [10.0, 10.1, 10.0, 10.1, 10.0, 10.1, 10.0, 10.1, 10.0];
+        let wild = [10.0, 12.0, 8.0, 13.0, 9.0, 10.0, 11.0, 7.0, 14.0];
+        let mut cell = CellResult {
+            cell: Cell::echo(Family::Tcp, 64, 64, 1),
+            offered: None,
+            contenders: vec![
+                contender(OURS, steady),
+                contender(EPOLLS[0], steady),
+                contender(AGAIN, steady),
+                contender("threads", wild),
+            ],
+        };
+        assert_eq!(uncertain(&cell), [false, true, false, true]);
+        cell.contenders.pop();
+        assert_eq!(uncertain(&cell), [false; 3]);
+    }
 }
