@@ -429,6 +429,7 @@ impl Pair {
     fn wait_to_receive(&self, side: usize, found_nothing: bool) -> Option<u32> {
         if let Some(watched) = self.sockets[side].begin_watch_of_relay() {
             if found_nothing {
+                // Whether it was interrupted was asked for just now.
                 watched.found_nothing();
             }
             match watched.events(&mut Limit::none()) {

@@ -211,6 +211,20 @@ MUTATIONS = [
         test("watched", "timeouts_are_kept_without_operations"),
     ),
     (
+        "2 what a late worker has not been told of is no longer looked for",
+        "src/socket/watched.rs",
+        "                    if code == -libc::EAGAIN {\n                        return Some(outcome::TIMED_OUT);",
+        "                    if code == -libc::EAGAIN || true {\n                        return Some(outcome::TIMED_OUT);",
+        test("watched", "what_came_in_time_is_no_timeout_however_late_the_worker_is"),
+    ),
+    (
+        "7 a cancel between a second look and its turn is lost",
+        "src/fiber/watch.rs",
+        "        self.fiber.interrupt.get() == 0\n    }\n\n    /// The events are true still.",
+        "        true\n    }\n\n    /// The events are true still.",
+        test("watched", "a_cancel_between_a_second_look_and_its_turn_is_not_lost"),
+    ),
+    (
         "2 a check for waits whose time is over is not repeated",
         "src/driver/watch.rs",
         "                self.soonest_ns = self.soonest_ns.min(watch.end_ns);\n            }",

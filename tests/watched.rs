@@ -390,6 +390,48 @@ fn cancel_deadline_timeout_and_shutdown_end_the_wait() {
     });
 }
 
+/// Two look a second time in one turn. The first finds something, which its watch did not tell of, and cancels the other, which has
+/// not had its turn yet.
+#[test]
+fn a_cancel_between_a_second_look_and_its_turn_is_not_lost() {
+    checked(|| {
+        ringsock::run(|| {
+            for _ in 0..3 {
+                let (urgent, first) = tcp_pair();
+                have_watched(&urgent, &first);
+                let (left, right) = socketpair().unwrap();
+                have_watched(&left, &right);
+                for (text, flags) in [(&b"abc"[..], MsgFlags::default()), (b"!", MSG_OOB)] {
+                    urgent.send_with(text, flags).unwrap();
+                }
+                urgent.sendall(b"def").unwrap();
+                left.sendall(b"x").unwrap();
+                sleep(0.02).unwrap();
+                let second = right.clone();
+                let waiting = spawn(move || {
+                    // Shorter than it could be, so that the wait needs a second look.
+                    assert_eq!(second.recv(100)?, b"x");
+                    second.recv(100)
+                });
+                let cancelling = spawn(move || {
+                    let mut got = Vec::new();
+                    while got.len() < 6 {
+                        got.extend_from_slice(&first.recv(100).unwrap());
+                    }
+                    assert_eq!(got, b"abcdef");
+                    waiting.cancel();
+                    waiting
+                });
+                let waiting = cancelling.join().unwrap();
+                let ended = ringsock::timeout(20.0, || Ok(waiting.join()))
+                    .unwrap()
+                    .expect("it ends");
+                assert_eq!(ended, Err(Error::Cancelled));
+            }
+        });
+    });
+}
+
 /// Receives with a timeout wait by the watch, too, and no operation with a timer is left on the ring.
 #[test]
 fn timeouts_are_kept_without_operations() {
@@ -431,6 +473,43 @@ fn timeouts_are_kept_without_operations() {
 }
 
 /// Many timeouts of many connections, each after its own time and none before.
+/// One enter brings some twenty events, so that a worker that comes late hears of the end of a wait, and looks for others that are over,
+/// before it has heard of all that came meanwhile.
+#[test]
+fn what_came_in_time_is_no_timeout_however_late_the_worker_is() {
+    checked(|| {
+        ringsock::run(|| {
+            let pairs: Vec<(Socket, Socket)> = (0..200)
+                .map(|_| {
+                    let (left, right) = socketpair().unwrap();
+                    have_watched(&left, &right);
+                    right.settimeout(0.3).unwrap();
+                    (left, right)
+                })
+                .collect();
+            pairs[0].1.settimeout(0.05).unwrap();
+            let mut waiting: Vec<_> = (pairs.iter())
+                .map(|(_, right)| {
+                    let right = right.clone();
+                    spawn(move || right.recv(100))
+                })
+                .collect();
+            sleep(0.002).unwrap();
+            // Nothing of this worker's moves until all is over, the first wait before anything comes.
+            thread::sleep(Duration::from_millis(100));
+            for (left, _) in &pairs[1..] {
+                left.sendall(b"in time").unwrap();
+            }
+            thread::sleep(Duration::from_millis(400));
+            let first = waiting.remove(0);
+            assert_eq!(first.join().unwrap(), Err(Error::Timeout));
+            for waiting in waiting {
+                assert_eq!(waiting.join().unwrap().unwrap(), b"in time");
+            }
+        });
+    });
+}
+
 #[test]
 fn each_connection_times_out_on_its_own() {
     checked(|| {

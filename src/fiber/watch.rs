@@ -189,12 +189,14 @@ impl<'a> Watched<'a> {
         found_untold(self.inflight, events);
     }
 
-    /// After a receive that found nothing: the wait that follows needs no second look.
+    /// After a receive that found nothing: the wait that follows needs no second look. False if there must not be one: whoever
+    /// interrupted the fiber between the end of its last wait and its turn has not been answered yet.
     #[inline]
-    pub(crate) fn found_nothing(&self) {
+    pub(crate) fn found_nothing(&self) -> bool {
         self.worker
             .driver
             .with(|driver| driver.found_nothing(self.id));
+        self.fiber.interrupt.get() == 0
     }
 
     /// The events are true still.

@@ -7,8 +7,8 @@ use super::{NON_BLOCKING, Socket};
 use crate::buf::Buf;
 use crate::constants::{AF_INET, AF_INET6, AF_UNIX, IPPROTO_TCP, SOCK_STREAM};
 use crate::driver::Limit;
-use crate::fiber::Borrower;
 use crate::fiber::watch::{NoEvents, Watched};
+use crate::fiber::{Borrower, outcome};
 use crate::sys;
 
 impl Socket {
@@ -68,7 +68,7 @@ impl Socket {
         self.recv_as_told(watched, limit, || self.recv_told(buffer))
     }
 
-    /// Waits for events and has `receive` receive, until there was something.
+    /// Waits for events and has `receive` receive, until there was something. An interrupt that came meanwhile is the ring's to tell.
     #[inline(always)]
     fn recv_as_told(
         &self,
@@ -80,12 +80,23 @@ impl Socket {
             let events = match watched.events(&mut limit) {
                 Ok(events) => events,
                 Err(NoEvents::Unwatched) => return None,
+                // What came in time may not have been told yet, by a worker that is late.
+                Err(NoEvents::Ended(outcome::TIMED_OUT)) => {
+                    let (code, is_whole) = receive();
+                    if code == -libc::EAGAIN {
+                        return Some(outcome::TIMED_OUT);
+                    }
+                    watched.received(libc::POLLIN as u32, is_whole);
+                    return Some(code);
+                }
                 Err(NoEvents::Ended(code)) => return Some(code),
             };
             let (code, is_whole) = receive();
             if code == -libc::EAGAIN {
-                watched.found_nothing();
-                continue;
+                if watched.found_nothing() {
+                    continue;
+                }
+                return None;
             }
             watched.received(events, is_whole);
             return Some(code);
