@@ -304,12 +304,20 @@ fn doctor_tells_what_the_locked_memory_limit_holds() {
     }
     for (limit_kib, code, text) in [
         (0, 1, "limit (RLIMIT_MEMLOCK) of 0 KiB"),
-        (8, 0, "of 8 KiB holds 0 workers' rings of 52 KiB each"),
-        (64, 0, "of 64 KiB holds 1 workers' rings of 52 KiB each"),
+        (
+            8,
+            0,
+            "of 8 KiB, which all rings of a user share, holds the 52-KiB rings of 0 workers",
+        ),
+        (
+            64,
+            0,
+            "of 64 KiB, which all rings of a user share, holds the 52-KiB rings of 1 workers",
+        ),
         (
             8192,
             0,
-            "of 8192 KiB holds 157 workers' rings of 52 KiB each",
+            "of 8192 KiB, which all rings of a user share, holds the 52-KiB rings of 157 workers",
         ),
     ] {
         let mut command = Command::new(example("doctor"));

@@ -74,11 +74,12 @@ impl Features {
             return self.on(NAME, "no limit of locked memory holds for this process");
         };
         let worker_bytes = ring_bytes(Config::worker());
+        let smallest_bytes = ring_bytes(Config::smallest());
         let what = format!(
-            "the locked-memory limit of {} KiB holds {} workers' rings of {} KiB each",
+            "the locked-memory limit of {} KiB, which all rings of a user share, holds the {}-KiB rings of {} workers",
             limit_bytes / 1024,
+            worker_bytes / 1024,
             limit_bytes / worker_bytes,
-            worker_bytes / 1024
         );
         let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
         if limit_bytes / worker_bytes >= workers {
@@ -86,7 +87,10 @@ impl Features {
         } else {
             self.off(
                 NAME,
-                format!("{what}; more workers get smaller ones"),
+                format!(
+                    "{what}; where there are more, all get smaller ones, of {} KiB at least",
+                    smallest_bytes / 1024
+                ),
                 "raise RLIMIT_MEMLOCK (`ulimit -l 8192`)",
             );
         }
@@ -167,19 +171,23 @@ impl fmt::Display for Features {
 /// Why io_uring_setup(2) failed with `errno`, as one sentence with the remedy.
 pub(crate) fn setup_error(errno: i32) -> Error {
     let text = match errno {
-        libc::EPERM => match sysctl_io_uring_disabled() {
+        // With the sysctl at 1, whoever has CAP_SYS_ADMIN may.
+        libc::EPERM => match sysctl_io_uring_disabled().filter(|disabled| *disabled == 2 || !has_capability(CAP_SYS_ADMIN)) {
             Some(2) => "io_uring is switched off on this machine (kernel.io_uring_disabled = 2): \
                         run `sysctl -w kernel.io_uring_disabled=0` as root"
                 .to_owned(),
             Some(1) => "io_uring is kept from this user (kernel.io_uring_disabled = 1): \
-                        run `sysctl -w kernel.io_uring_disabled=0` as root, or add the user to the group in \
-                        kernel.io_uring_group"
+                        run `sysctl -w kernel.io_uring_disabled=0` as root, or set kernel.io_uring_group to a group that the \
+                        user is in"
                 .to_owned(),
             _ => "io_uring_setup is forbidden to this process, most likely by a seccomp filter such as Docker's \
                   default profile: allow io_uring_setup, io_uring_enter and io_uring_register there, for example \
                   with `docker run --security-opt seccomp=PROFILE.json`"
                 .to_owned(),
         },
+        libc::EACCES => "io_uring_setup is forbidden to this process by a security module (SELinux, AppArmor) or a \
+                         seccomp filter: allow io_uring there"
+            .to_owned(),
         libc::ENOSYS => "this kernel has no io_uring, or a seccomp filter hides it: ringsock needs Linux 6.1 or newer \
                          with CONFIG_IO_URING, and a filter that allows io_uring_setup, io_uring_enter and \
                          io_uring_register"
@@ -192,7 +200,10 @@ pub(crate) fn setup_error(errno: i32) -> Error {
                  `ulimit -n`"
             )
         }
-        _ => "io_uring_setup failed: ringsock needs Linux 6.1 or newer".to_owned(),
+        _ => format!(
+            "io_uring_setup failed on Linux {}: ringsock needs 6.1 or newer, and a seccomp filter that does not answer for it",
+            release()
+        ),
     };
     Error::Os {
         errno,
@@ -216,7 +227,8 @@ fn no_memory(limit_bytes: Option<u64>) -> String {
         Some(bytes) => format!(
             "not enough memory for another ring: all rings of this user share the locked-memory limit (RLIMIT_MEMLOCK) of \
              {} KiB, and a worker's ring takes {} KiB, the smallest {} KiB: raise the limit to 8 MiB or more with \
-             `ulimit -l 8192`, LimitMEMLOCK= in the systemd unit, or `docker run --ulimit memlock=8388608`, or use fewer workers",
+             `ulimit -l 8192`, LimitMEMLOCK= in the systemd unit, or `docker run --ulimit memlock=8388608`, use fewer workers, or \
+             choose epoll, which locks no memory (RINGSOCK_DRIVER=epoll). A ring that was just closed counts a moment longer",
             bytes / 1024,
             ring_bytes(Config::worker()) / 1024,
             ring_bytes(Config::smallest()) / 1024
@@ -261,27 +273,39 @@ fn shrink(mut config: Config, bytes_max: u64) -> Config {
 
 /// RLIMIT_MEMLOCK in bytes; `None` where it does not hold for this process.
 fn locked_memory_limit() -> Option<u64> {
-    const CAP_IPC_LOCK: u32 = 14;
     let (bytes, _) = sys::rlimit(sys::Resource::LockedMemory)?;
+    (bytes != libc::RLIM_INFINITY && !has_capability(CAP_IPC_LOCK)).then_some(bytes)
+}
+
+// Of capabilities(7).
+const CAP_IPC_LOCK: u32 = 14;
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// Whether this process has a capability.
+fn has_capability(number: u32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status
         .lines()
         .find_map(|line| line.strip_prefix("CapEff:"))
         .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
-    let exempt = effective.is_some_and(|bits| bits >> CAP_IPC_LOCK & 1 == 1);
-    (!exempt && bytes != libc::RLIM_INFINITY).then_some(bytes)
+    effective.is_some_and(|bits| bits >> number & 1 == 1)
 }
 
 /// The error for a kernel that has io_uring but is too old.
 pub(crate) fn too_old(missing: &str) -> Error {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Error::Os {
         errno: libc::ENOSYS,
         message: Some(Text::from(format!(
             "this kernel ({}) lacks {missing}: ringsock needs Linux 6.1 or newer",
-            release.trim()
+            release()
         ))),
     }
+}
+
+/// The kernel's release.
+fn release() -> String {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    release.trim().to_owned()
 }
 
 fn sysctl_io_uring_disabled() -> Option<i32> {
@@ -303,6 +327,7 @@ mod tests {
             (libc::ENOSYS, "6.1"),
             (libc::ENOMEM, "memory"),
             (libc::EMFILE, "ulimit -n"),
+            (libc::EACCES, "SELinux"),
             (libc::EINVAL, "6.1"),
         ] {
             let error = setup_error(errno);
