@@ -41,10 +41,11 @@ fn program() -> PathBuf {
     program.expect("cargo names the program")
 }
 
-/// Runs one round of one cell.
+/// Runs one short round of one cell.
 fn compare(contenders: &str, out: &Path) -> Output {
     Command::new(program())
         .args([
+            "--quick",
             "--cells",
             "unix-1x16K",
             "--rounds",
