@@ -1,5 +1,5 @@
-//! Datagrams with epoll: one call for each, or one for a batch (recvmmsg, sendmmsg), and on request many that came as one go back as
-//! one (UDP_GRO, UDP_SEGMENT).
+//! Datagrams with epoll: one call for each, or one for a batch (recvmmsg, sendmmsg), and on request many that came as one, or one
+//! after the other from one peer, go back as one (UDP_GRO, UDP_SEGMENT).
 #![allow(unsafe_code)]
 
 use std::io;
@@ -15,6 +15,9 @@ use crate::sys::{
 
 /// How many calls find datagrams before another look at the events.
 const TURNS: usize = 64;
+/// The most segments of one send that every kernel takes, and the most bytes, over IPv6 too.
+const SEGMENTS_MAX: usize = 64;
+const SEND_BYTES_MAX: u32 = 65_487;
 
 /// Serves until a signal ends the process.
 pub fn serve(args: &EpollArgs) -> io::Result<()> {
@@ -69,6 +72,9 @@ pub fn serve(args: &EpollArgs) -> io::Result<()> {
 /// Room for datagrams and where they came from; the pointers are into memory that stays where it is.
 struct Batch {
     messages: Vec<libc::mmsghdr>,
+    /// What is sent for them, where that is not the same.
+    outgoing: Vec<libc::mmsghdr>,
+    /// One for each message, in a row.
     _vectors: Vec<libc::iovec>,
     names: Vec<libc::sockaddr_storage>,
     buffers: Vec<Box<[u8]>>,
@@ -101,6 +107,11 @@ impl Batch {
             header.msg_iovlen = 1;
         }
         Self {
+            outgoing: if segments {
+                messages.clone()
+            } else {
+                Vec::new()
+            },
             messages,
             _vectors: vectors,
             names,
@@ -170,25 +181,18 @@ impl Batch {
             // SAFETY: as above.
             unsafe { (*message.msg_hdr.msg_iov).iov_len = message.msg_len as usize };
         }
-        if let Some(controls) = &mut self.controls {
-            for (message, control) in self.messages[..count].iter_mut().zip(controls) {
-                match segment_bytes(&message.msg_hdr) {
-                    Some(bytes) => {
-                        *control = SegmentControl::cutting(bytes as u16);
-                        control.lend(&mut message.msg_hdr);
-                    }
-                    None => message.msg_hdr.msg_controllen = 0,
-                }
-            }
-        }
+        let outgoing = match self.controls {
+            Some(_) => self.gather(count),
+            None => &mut self.messages[..count],
+        };
         let mut sent = 0;
-        while sent < count {
+        while sent < outgoing.len() {
             // SAFETY: as above.
             let now = unsafe {
                 libc::sendmmsg(
                     fd,
-                    self.messages[sent..].as_mut_ptr(),
-                    (count - sent) as u32,
+                    outgoing[sent..].as_mut_ptr(),
+                    (outgoing.len() - sent) as u32,
                     0,
                 )
             };
@@ -197,4 +201,55 @@ impl Batch {
         }
         count == full
     }
+
+    /// What to send for the first `count` messages: each as it came, and those that came singly, one after the other from one peer
+    /// and of one size (the last may be shorter), as one.
+    fn gather(&mut self, count: usize) -> &mut [libc::mmsghdr] {
+        let controls = self.controls.as_mut().expect("asked for segments");
+        let (mut first, mut sends) = (0, 0);
+        while first < count {
+            let head = self.messages[first];
+            let came = segment_bytes(&head.msg_hdr);
+            let size = came.map_or(head.msg_len, |bytes| bytes as u32);
+            let (mut end, mut last, mut bytes) = (first + 1, size, size);
+            while came.is_none() && end < count && end - first < SEGMENTS_MAX {
+                let next = &self.messages[end];
+                let fits = last == size
+                    && (1..=size).contains(&next.msg_len)
+                    && bytes + next.msg_len <= SEND_BYTES_MAX;
+                if !fits
+                    || segment_bytes(&next.msg_hdr).is_some()
+                    || !same_name(&head.msg_hdr, &next.msg_hdr)
+                {
+                    break;
+                }
+                last = next.msg_len;
+                bytes += last;
+                end += 1;
+            }
+            let header = &mut self.outgoing[sends].msg_hdr;
+            *header = head.msg_hdr;
+            header.msg_iovlen = end - first;
+            if came.is_some() || end - first > 1 {
+                controls[first] = SegmentControl::cutting(size as u16);
+                controls[first].lend(header);
+            } else {
+                header.msg_controllen = 0;
+            }
+            sends += 1;
+            first = end;
+        }
+        &mut self.outgoing[..sends]
+    }
+}
+
+/// Whether two datagrams came from one address.
+fn same_name(one: &libc::msghdr, other: &libc::msghdr) -> bool {
+    let bytes = |header: &libc::msghdr| {
+        // SAFETY: the kernel wrote so many bytes of a name of this batch.
+        unsafe {
+            std::slice::from_raw_parts(header.msg_name.cast::<u8>(), header.msg_namelen as usize)
+        }
+    };
+    bytes(one) == bytes(other)
 }

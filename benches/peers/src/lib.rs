@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -122,6 +123,27 @@ pub fn listening(address: impl Display) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "listening on {address}")?;
     out.flush()
+}
+
+/// Gives a datagram socket the room that ringsock's own servers have: with privilege as much as is asked for, else what is allowed.
+pub fn widen_buffers(socket: &impl AsRawFd) {
+    let bytes: libc::c_int = 4 << 20;
+    let set = |option| {
+        // SAFETY: the option's value is an int that lives through the call.
+        let done = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                option,
+                (&raw const bytes).cast(),
+                size_of_val(&bytes) as libc::socklen_t,
+            )
+        };
+        done == 0
+    };
+    // What is not granted shows as loss.
+    let _ = set(libc::SO_RCVBUFFORCE) || set(libc::SO_RCVBUF);
+    let _ = set(libc::SO_SNDBUFFORCE) || set(libc::SO_SNDBUF);
 }
 
 /// Ends the program with status 2, for a combination these servers do not offer.

@@ -58,6 +58,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
         }
         Address::Udp(address) => {
             let socket = UdpSocket::bind(address)?;
+            peers::widen_buffers(&socket);
             socket.set_read_timeout(options.timeout)?;
             socket.set_write_timeout(options.timeout)?;
             peers::listening(socket.local_addr()?)?;

@@ -64,6 +64,7 @@ fn serve(options: &'static Options) -> io::Result<()> {
         }
         Address::Udp(address) => {
             let socket = UdpSocket::bind(address)?;
+            peers::widen_buffers(&socket);
             socket.set_read_timeout(options.timeout)?;
             socket.set_write_timeout(options.timeout)?;
             peers::listening(socket.local_addr()?)?;

@@ -68,6 +68,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
         }
         Address::Udp(address) => {
             let socket = UdpSocket::bind(address)?;
+            peers::widen_buffers(&socket);
             peers::listening(socket.local_addr()?)?;
             let mut buffer = Vec::with_capacity(options.buffer);
             loop {

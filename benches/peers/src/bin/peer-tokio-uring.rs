@@ -62,6 +62,7 @@ async fn serve(options: &'static Options) -> io::Result<()> {
         }
         Address::Udp(address) => {
             let socket = UdpSocket::bind(*address).await?;
+            peers::widen_buffers(&socket);
             peers::listening(socket.local_addr()?)?;
             let mut buffer = vec![0; options.buffer];
             loop {
