@@ -188,18 +188,18 @@ fn by_stall(run: &Run) -> Vec<Judged> {
     let cells = (run.cells.iter()).filter(|cell| cell.cell.kind == Kind::Stalled);
     cells
         .filter_map(|cell| {
-            let ratio = slowdown(cell, OURS)?;
+            let ratio = median(&slowdowns(cell, OURS))?;
             Some(once(cell, "itself", ratio, 2.0, 0.0))
         })
         .collect()
 }
 
-/// How much longer a contender's p99 is with stalled readers than before they came: the median over rounds.
-pub fn slowdown(cell: &CellResult, name: &str) -> Option<f64> {
-    let ratios: Vec<f64> = (cell.contender(name)?.rounds.iter())
+/// How many times longer a contender's p99 is with stalled readers than before they came, round by round.
+pub fn slowdowns(cell: &CellResult, name: &str) -> Vec<f64> {
+    let rounds = cell.contender(name).map(|contender| &contender.rounds);
+    (rounds.into_iter().flatten())
         .filter_map(|round| Some(round.p99_us / round.calm_p99_us?))
-        .collect();
-    median(&ratios)
+        .collect()
 }
 
 /// A ratio that there is but one of.

@@ -330,7 +330,11 @@ fn details(run: &Run, cell: &CellResult) -> String {
             row.push(number(median(&contender.each(|round| round.lost)), 0));
         }
         if disturbed {
-            row.push(number(proxy::slowdown(cell, &contender.name), 2));
+            let slowdowns = proxy::slowdowns(cell, &contender.name);
+            let most = slowdowns.iter().copied().reduce(f64::max);
+            let [least, middle, most] =
+                [minimum(&slowdowns), median(&slowdowns), most].map(|value| number(value, 2));
+            row.push(format!("{middle} ({least}–{most})"));
         }
         row.push(number(
             minimum(&contender.each(|round| round.peak_rss_kib / 1024.0)),

@@ -59,7 +59,8 @@ pub fn standard_error(values: &[f64]) -> f64 {
     (at(middle + aside) - at(middle - aside)) / 2.0
 }
 
-/// The passes in which the machine was fastest, half of them (and one at least), given each contender's value in each pass.
+/// The passes in which the machine was fastest, half of them (and one at least), given each contender's value in each pass. Those in
+/// which not all took part do not count.
 ///
 /// How fast the machine was in a pass is the median over the contenders of what they needed in it, each against its own
 /// median: all of them choose, so that the choice favours nobody, which a minimum of each one's own does with whoever was lucky.
@@ -67,11 +68,11 @@ pub fn calm(contenders: &[Vec<f64>]) -> Vec<usize> {
     let usual: Vec<(&Vec<f64>, f64)> = (contenders.iter())
         .filter_map(|values| Some((values, median(values)?)))
         .collect();
-    let passes = usual.iter().map(|(values, _)| values.len()).max();
+    let passes = usual.iter().map(|(values, _)| values.len()).min();
     let mut levels: Vec<(f64, usize)> = (0..passes.unwrap_or(0))
         .map(|pass| {
             let of_all: Vec<f64> = (usual.iter())
-                .filter_map(|(values, usual)| Some(values.get(pass)? / usual))
+                .map(|(values, usual)| values[pass] / usual)
                 .collect();
             (median(&of_all).unwrap_or(f64::INFINITY), pass)
         })
@@ -185,7 +186,7 @@ mod tests {
         ];
         assert_eq!(calm(&contenders), [0, 4, 2, 6]);
         assert_eq!(calm(&contenders[..1]), [2, 0, 4, 6]);
-        assert_eq!(calm(&[vec![1.0]]), [0]);
+        assert_eq!(calm(&[vec![1.0], vec![2.0, 1.0, 1.0]]), [0]);
         assert_eq!(calm(&[]), [0usize; 0]);
     }
 

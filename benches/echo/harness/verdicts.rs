@@ -10,8 +10,8 @@ use super::stats::{self, Ratio, Tolerance, Verdict, judge, median, minimum};
 
 /// Two runs agree if no ratio differs by more than this share.
 pub const AGREEMENT: f64 = 0.05;
-/// A ratio to epoll is known well enough once its standard error is no larger share of it: two runs then differ by more than
-/// [`AGREEMENT`] in one of 300.
+/// A ratio to epoll is known well enough once its standard error is no larger share of it: the medians of two runs then differ by
+/// [`AGREEMENT`] only where they are three such errors apart.
 pub const PRECISION: f64 = 0.012;
 
 /// Whether a cell of the main line-up compares what its contenders cost to what epoll costs.
@@ -21,7 +21,7 @@ pub fn compares(cell: &Cell) -> bool {
 
 /// Whether a cell is of this line-up, and compares what its contenders cost to what epoll costs.
 pub fn compares_in(cell: &Cell, lineup: Lineup) -> bool {
-    cell.lineup == lineup && cell.kind != Kind::Idle
+    cell.lineup == lineup && cell.takes_turns()
 }
 
 /// What `first` costs in a cell against what `second` does.
