@@ -390,6 +390,41 @@ fn cancel_deadline_timeout_and_shutdown_end_the_wait() {
     });
 }
 
+/// A fiber that lets others go first, having been told of something, and then does not take all of it, leaves the rest to who came
+/// to wait meanwhile.
+#[test]
+fn what_one_leaves_another_gets_at_once() {
+    /// The longest of a few pauses between the end of one who takes a part and another's receive.
+    fn longest_pause() -> Duration {
+        let (left, right) = tcp_pair();
+        have_watched(&left, &right);
+        let pauses = (0..3).map(|_| {
+            left.sendall(&[7; 100]).unwrap();
+            let (first, second) = (right.clone(), right.clone());
+            let taking = spawn(move || {
+                for _ in 0..50 {
+                    first.recv_into(&mut [0]).unwrap();
+                }
+            });
+            let taking_one = spawn(move || {
+                second.recv_into(&mut [0]).unwrap();
+                Instant::now()
+            });
+            taking.join().unwrap();
+            let ended = Instant::now();
+            let next = taking_one.join().unwrap();
+            assert_eq!(right.recv(100).unwrap().len(), 49);
+            next.saturating_duration_since(ended)
+        });
+        pauses.max().expect("there are three")
+    }
+    checked(|| {
+        // A second look is 100 ms later at least; a busy machine may pause for other reasons, but hardly every time.
+        let least = ringsock::run(|| (0..5).map(|_| longest_pause()).min()).unwrap();
+        assert!(least < Duration::from_millis(90), "{least:?}");
+    });
+}
+
 /// Two look a second time in one turn. The first finds something, which its watch did not tell of, and cancels the other, which has
 /// not had its turn yet.
 #[test]

@@ -124,28 +124,36 @@ impl<'a> Watched<'a> {
     /// Waits, no longer than `limit`, until there may be something to receive: what was told.
     #[inline(always)]
     pub(crate) fn events(&self, limit: &mut Limit) -> Result<u32, NoEvents> {
-        let (worker, fiber) = (self.worker, self.fiber);
-        let told = worker
-            .driver
-            .with(|driver| driver.events_or_wait(self.id, fiber.slot, limit));
-        match told {
+        match self.told(limit) {
             Told::Waits(key) => self.wait(key),
-            Told::Events(events) if worker.may_call_again() => Ok(events),
-            Told::Events(events) => self.in_turn(events),
+            Told::Events(events) if self.worker.may_call_again() => Ok(events),
+            Told::Events(events) => self.in_turn(events, limit),
             Told::Unwatched => Err(NoEvents::Unwatched),
         }
     }
 
-    /// Lets the others go first, after many calls in a row.
+    #[inline(always)]
+    fn told(&self, limit: &mut Limit) -> Told {
+        self.worker
+            .driver
+            .with(|driver| driver.events_or_wait(self.id, self.fiber.slot, limit))
+    }
+
+    /// Lets the others go first, after many calls in a row. What was told is theirs, too: one that begins to wait meanwhile would
+    /// not hear of it.
     #[cold]
     #[inline(never)]
-    fn in_turn(&self, events: u32) -> Result<u32, NoEvents> {
+    fn in_turn(&self, events: u32, limit: &mut Limit) -> Result<u32, NoEvents> {
+        self.keep(events);
         yield_fiber(self.worker, self.fiber);
         if self.fiber.interrupt.get() != 0 {
-            self.keep(events);
             return Err(NoEvents::Unwatched);
         }
-        Ok(events)
+        match self.told(limit) {
+            Told::Waits(key) => self.wait(key),
+            Told::Events(events) => Ok(events),
+            Told::Unwatched => Err(NoEvents::Unwatched),
+        }
     }
 
     #[inline(always)]
