@@ -255,7 +255,7 @@ fn bytes(size: u32) -> String {
 fn messages(family: Family, connections: u32, size: u32, depth: u32) -> u64 {
     // One message in flight alone waits for a wake-up.
     if connections * depth == 1 {
-        return if size > 4096 { 12_000 } else { 20_000 };
+        return 12_000;
     }
     let (base_ns, per_byte_ns) = match family {
         Family::Tcp => (8_000.0, 0.55),

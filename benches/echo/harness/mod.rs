@@ -102,7 +102,7 @@ pub struct HarnessArgs {
 }
 
 /// How often each contender has its turn in a timed round, and in one of a quick run.
-const PASSES: usize = 40;
+const PASSES: usize = 32;
 const QUICK_PASSES: usize = 4;
 /// Timed rounds, unless another number is asked for, and in a quick run.
 const ROUNDS: usize = 5;
