@@ -171,12 +171,12 @@ impl fmt::Display for Features {
 /// Why io_uring_setup(2) failed with `errno`, as one sentence with the remedy.
 pub(crate) fn setup_error(errno: i32) -> Error {
     let text = match errno {
-        // With the sysctl at 1, whoever has CAP_SYS_ADMIN may.
-        libc::EPERM => match sysctl_io_uring_disabled().filter(|disabled| *disabled == 2 || !has_capability(CAP_SYS_ADMIN)) {
+        libc::EPERM => match sysctl_io_uring_disabled() {
             Some(2) => "io_uring is switched off on this machine (kernel.io_uring_disabled = 2): \
                         run `sysctl -w kernel.io_uring_disabled=0` as root"
                 .to_owned(),
-            Some(1) => "io_uring is kept from this user (kernel.io_uring_disabled = 1): \
+            // Whoever has this capability may all the same.
+            Some(1) if !has_capability(CAP_SYS_ADMIN) => "io_uring is kept from this user (kernel.io_uring_disabled = 1): \
                         run `sysctl -w kernel.io_uring_disabled=0` as root, or set kernel.io_uring_group to a group that the \
                         user is in"
                 .to_owned(),

@@ -61,16 +61,32 @@ pub fn serve(args: &OtherProxyArgs) -> io::Result<()> {
     let program = (program.into_iter())
         .find(|path| path.exists())
         .ok_or_else(|| cannot(&format!("{name} is not installed")))?;
-    // It takes the port that was free a moment ago.
+    let mut attempts = 0;
+    let (mut child, address) = loop {
+        match start(args, name, &program) {
+            // Somebody else has taken the port.
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && attempts < 3 => attempts += 1,
+            started => break started?,
+        }
+    };
+    let mut out = io::stdout();
+    writeln!(out, "listening on {address}")?;
+    out.flush()?;
+    let status = child.wait()?;
+    Err(io::Error::other(format!("{name} ended: {status}")))
+}
+
+/// Starts the program on a port that was free a moment ago; `AddrInUse` if it ended at once.
+fn start(args: &OtherProxyArgs, name: &str, program: &Path) -> io::Result<(Child, SocketAddr)> {
     let address = TcpListener::bind(args.listen.bind)?.local_addr()?;
     let directory = Directory::new(name)?;
     let config = directory.0.join("config");
     let text = match args.program {
-        Program::Nginx => nginx(args, address, &directory.0, &program)?,
+        Program::Nginx => nginx(args, address, &directory.0, program)?,
         Program::Haproxy => haproxy(args, address),
     };
     fs::write(&config, text)?;
-    let mut command = Command::new(&program);
+    let mut command = Command::new(program);
     match args.program {
         Program::Nginx => command.arg("-p").arg(&directory.0).arg("-c").arg(&config),
         Program::Haproxy => command.arg("-db").arg("-q").arg("-f").arg(&config),
@@ -86,21 +102,24 @@ pub fn serve(args: &OtherProxyArgs) -> io::Result<()> {
     let mut child = command.spawn()?;
     wait_until_it_listens(&mut child, address)?;
     drop(directory);
-    let mut out = io::stdout();
-    writeln!(out, "listening on {address}")?;
-    out.flush()?;
-    let status = child.wait()?;
-    Err(io::Error::other(format!("{name} ended: {status}")))
+    Ok((child, address))
 }
 
 fn wait_until_it_listens(child: &mut Child, address: SocketAddr) -> io::Result<()> {
     let give_up = Instant::now() + START;
     loop {
-        if TcpStream::connect(address).is_ok() {
+        // A connection to a port where nobody listens may get that port itself, and be connected to itself.
+        let listens = TcpStream::connect(address)
+            .and_then(|stream| stream.local_addr())
+            .is_ok_and(|local| local != address);
+        if listens && child.try_wait()?.is_none() {
             return Ok(());
         }
         if let Some(status) = child.try_wait()? {
-            return Err(io::Error::other(format!("ended at its start: {status}")));
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                format!("ended at its start: {status}"),
+            ));
         }
         if Instant::now() > give_up {
             let _ = child.kill();
