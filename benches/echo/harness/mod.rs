@@ -286,7 +286,7 @@ fn measure(args: &HarnessArgs, root: &Path) -> io::Result<Option<Run>> {
     let paced_rounds = match (args.no_latency, args.quick) {
         (true, _) => 0,
         (false, true) => rounds.min(1),
-        (false, false) => rounds.min(2),
+        (false, false) => rounds.min(3),
     };
     let progress = progress(&turns, rounds, paced_rounds, args.callgrind);
 
