@@ -507,7 +507,57 @@ fn timeouts_are_kept_without_operations() {
     });
 }
 
-/// Many timeouts of many connections, each after its own time and none before.
+/// A wait whose watch the kernel ends (the completion queue is full) goes on in the ring, for what is left of its time.
+#[test]
+fn a_timeout_goes_on_where_a_watch_ends() {
+    const TIMEOUT: f64 = 1.0;
+    checked(|| {
+        let runtime = Runtime::builder().ring_entries(2, 2);
+        runtime
+            .run(|| {
+                let pairs: Vec<_> = (0..64).map(|_| socketpair().unwrap()).collect();
+                for (left, right) in &pairs {
+                    have_watched(left, right);
+                    right.settimeout(TIMEOUT).unwrap();
+                }
+                let waiting: Vec<_> = (pairs.iter())
+                    .map(|(_, right)| {
+                        let right = right.clone();
+                        let others: Vec<_> = pairs.iter().map(|(_, right)| right.clone()).collect();
+                        spawn(move || {
+                            let start = Instant::now();
+                            let received = right.recv_into(&mut [0]);
+                            if received.is_ok() {
+                                // What the others have been told of, and are about to receive.
+                                for other in others {
+                                    let _ = other.recv_with(1, MSG_DONTWAIT);
+                                }
+                            }
+                            (received, start.elapsed().as_secs_f64())
+                        })
+                    })
+                    .collect();
+                sleep(TIMEOUT * 0.8).unwrap();
+                for (left, _) in &pairs {
+                    left.sendall(b"x").unwrap();
+                }
+                let mut timeouts = 0;
+                for waiting in waiting {
+                    let (received, seconds) = waiting.join().unwrap();
+                    if received.is_ok() {
+                        continue;
+                    }
+                    assert_eq!(received, Err(Error::Timeout));
+                    assert!(seconds > TIMEOUT - 0.001, "{seconds}");
+                    assert!(seconds < TIMEOUT + 0.6, "{seconds}");
+                    timeouts += 1;
+                }
+                assert!(timeouts > 0);
+            })
+            .unwrap();
+    });
+}
+
 /// One enter brings some twenty events, so that a worker that comes late hears of the end of a wait, and looks for others that are over,
 /// before it has heard of all that came meanwhile.
 #[test]
@@ -545,6 +595,7 @@ fn what_came_in_time_is_no_timeout_however_late_the_worker_is() {
     });
 }
 
+/// Many timeouts of many connections, each after its own time and none before.
 #[test]
 fn each_connection_times_out_on_its_own() {
     checked(|| {

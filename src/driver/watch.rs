@@ -83,6 +83,14 @@ impl Limit {
         }
         self.end_ns
     }
+
+    /// What is left, as a timeout: below 0 as long as it takes, 1 at the least.
+    pub(crate) fn left_ns(&self) -> i64 {
+        if self.end_ns == 0 {
+            return self.timeout_ns;
+        }
+        (self.end_ns - sys::monotonic_ns()).max(1)
+    }
 }
 
 /// What somebody learns who wants to wait.

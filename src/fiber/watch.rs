@@ -149,11 +149,7 @@ impl<'a> Watched<'a> {
         if self.fiber.interrupt.get() != 0 {
             return Err(NoEvents::Unwatched);
         }
-        match self.told(limit) {
-            Told::Waits(key) => self.wait(key),
-            Told::Events(events) => Ok(events),
-            Told::Unwatched => Err(NoEvents::Unwatched),
-        }
+        self.events(limit)
     }
 
     #[inline(always)]

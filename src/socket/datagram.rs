@@ -293,7 +293,7 @@ impl Socket {
         let received = if waits_in_vain {
             self.attempt(op)?
         } else {
-            self.receive(op, flags)?
+            self.receive(op, flags, self.timeout_ns())?
         };
         Ok((received, message.address()))
     }

@@ -531,7 +531,7 @@ impl Socket {
             message: &mut message,
             flags,
         };
-        let nbytes = self.receive(op, flags)?;
+        let nbytes = self.receive(op, flags, self.timeout_ns())?;
         Ok(taken_apart(nbytes, &mut message))
     }
 
@@ -559,7 +559,7 @@ impl Socket {
                 flags,
             };
             let result = if timeout_ns <= 0 {
-                self.receive(op, flags)
+                self.receive(op, flags, timeout_ns)
             } else {
                 let left_ns = (deadline_ns - fiber::now_ns()).max(0);
                 transferred(self.wait(&mut op, Direction::In, left_ns))

@@ -57,12 +57,13 @@ use crate::constants::{
     SOCK_NONBLOCK, SOCK_STREAM,
 };
 use crate::driver::op::{self, timespec_from_ns};
-use crate::driver::{Limit, Op};
+use crate::driver::Op;
 use crate::error::{Error, Result};
 use crate::fiber::inflight::{Direction, InFlight};
 use crate::fiber::{self, Borrower, error_from_outcome, outcome};
 use crate::sys;
 use crate::timeout::Timeout;
+use watched::StillToWait;
 
 pub use create::{
     CreateConnection, CreateServer, create_connection, create_connection_with, create_server,
@@ -678,11 +679,12 @@ impl Socket {
 
     /// A receive in a fiber, into a buffer that is taken once there is something to put into it: the bytes or a code.
     #[inline(always)]
-    fn recv_lease(&self, borrower: Borrower, timeout_ns: i64, out: &mut Buf) -> i32 {
-        if self.0.inflight.watch().is_some()
-            && let Some(code) = self.recv_lease_watched(borrower, out)
-        {
-            return code;
+    fn recv_lease(&self, borrower: Borrower, mut timeout_ns: i64, out: &mut Buf) -> i32 {
+        if self.0.inflight.watch().is_some() {
+            match self.recv_lease_watched(borrower, timeout_ns, out) {
+                Ok(code) => return code,
+                Err(StillToWait(left_ns)) => timeout_ns = left_ns,
+            }
         }
         match borrower.receive_in_turn(self.0.fd, out) {
             Some(code) => code,
@@ -697,9 +699,10 @@ impl Socket {
     #[inline(never)]
     fn recv_lease_later(&self, borrower: Borrower, timeout_ns: i64, out: &mut Buf) -> i32 {
         let fd = self.0.fd;
-        if let Some(code) = self.recv_lease_newly_watched(borrower, timeout_ns, out) {
-            return code;
-        }
+        let timeout_ns = match self.recv_lease_newly_watched(borrower, timeout_ns, out) {
+            Ok(code) => return code,
+            Err(StillToWait(left_ns)) => left_ns,
+        };
         let deadline_ns = match timeout_ns {
             1.. => fiber::now_ns().saturating_add(timeout_ns),
             _ => i64::MAX,
@@ -848,11 +851,12 @@ impl Socket {
             return Ok(0);
         }
         let flags = self.flags_for_ring(flags);
-        if self.0.inflight.watch().is_some()
-            && flags == 0
-            && let Some(code) = self.recv_if_watched(buffer)
-        {
-            return self.traced("recv", transferred(code));
+        let mut timeout_ns = self.timeout_ns();
+        if self.0.inflight.watch().is_some() && flags == 0 {
+            match self.recv_if_watched(buffer, timeout_ns) {
+                Ok(code) => return self.traced("recv", transferred(code)),
+                Err(StillToWait(left_ns)) => timeout_ns = left_ns,
+            }
         }
         let received = self.receive(
             Op::Recv {
@@ -862,6 +866,7 @@ impl Socket {
                 found_nothing: false,
             },
             flags,
+            timeout_ns,
         );
         self.traced("recv", received)
     }
@@ -879,10 +884,9 @@ impl Socket {
         flags
     }
 
-    /// The bytes that a receive, with these flags, brings.
+    /// The bytes that a receive, with these flags, brings that may wait for so long (as a socket's timeout).
     #[inline(always)]
-    fn receive(&self, mut op: Op<'_>, flags: i32) -> Result<usize> {
-        let timeout_ns = self.timeout_ns();
+    fn receive(&self, mut op: Op<'_>, flags: i32, timeout_ns: i64) -> Result<usize> {
         if timeout_ns == NON_BLOCKING || flags & FLAGS_THAT_NEVER_WAIT != 0 {
             if flags & libc::MSG_OOB != 0 {
                 // Once it is read, nothing shows any more that receives stop where it was.
@@ -906,14 +910,16 @@ impl Socket {
     }
 
     #[inline(never)]
-    fn receive_later(&self, op: &mut Op<'_>, timeout_ns: i64) -> i32 {
+    fn receive_later(&self, op: &mut Op<'_>, mut timeout_ns: i64) -> i32 {
         if let Op::Recv {
             buffer, flags: 0, ..
         } = op
             && let Some(watched) = self.begin_watch()
-            && let Some(code) = self.recv_watched(&watched, buffer, Limit::of(timeout_ns))
         {
-            return code;
+            match self.recv_watched(&watched, buffer, timeout_ns) {
+                Ok(code) => return code,
+                Err(StillToWait(left_ns)) => timeout_ns = left_ns,
+            }
         }
         let code = self.wait(op, Direction::In, timeout_ns);
         if code > 0 {

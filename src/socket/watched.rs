@@ -11,17 +11,18 @@ use crate::fiber::watch::{NoEvents, Watched};
 use crate::fiber::{Borrower, outcome};
 use crate::sys;
 
+/// The ring has to do it, and may wait for so long (as a socket's timeout).
+pub(super) struct StillToWait(pub(super) i64);
+
 impl Socket {
-    /// The watch by which a receive without flags may go, if there is one, and how long it may wait.
+    /// The watch by which a receive without flags may go that waits for so long, if there is one.
     #[inline(always)]
-    pub(super) fn watched(&self) -> Option<(Watched<'_>, Limit)> {
+    pub(super) fn watched(&self, timeout_ns: i64) -> Option<Watched<'_>> {
         self.0.inflight.watch()?;
-        let timeout_ns = self.timeout_ns();
         if timeout_ns == NON_BLOCKING {
             return None;
         }
-        let watched = Watched::of(&self.0.inflight).filter(Watched::pays)?;
-        Some((watched, Limit::of(timeout_ns)))
+        Watched::of(&self.0.inflight).filter(Watched::pays)
     }
 
     /// [`watched`](Socket::watched), for a receive that has to wait: with a new watch if it is not the first.
@@ -52,20 +53,26 @@ impl Socket {
     /// Receives into `buffer` if the socket is watched: the bytes or a code.
     // Out of line, so that receives of sockets that are not are as short as ever.
     #[inline(never)]
-    pub(super) fn recv_if_watched(&self, buffer: &mut [MaybeUninit<u8>]) -> Option<i32> {
-        let (watched, limit) = self.watched()?;
-        self.recv_watched(&watched, buffer, limit)
+    pub(super) fn recv_if_watched(
+        &self,
+        buffer: &mut [MaybeUninit<u8>],
+        timeout_ns: i64,
+    ) -> Result<i32, StillToWait> {
+        match self.watched(timeout_ns) {
+            Some(watched) => self.recv_watched(&watched, buffer, timeout_ns),
+            None => Err(StillToWait(timeout_ns)),
+        }
     }
 
-    /// Receives into `buffer`: the bytes or a code; `None` if the ring has to do it.
+    /// Receives into `buffer`: the bytes or a code.
     #[inline]
     pub(super) fn recv_watched(
         &self,
         watched: &Watched<'_>,
         buffer: &mut [MaybeUninit<u8>],
-        limit: Limit,
-    ) -> Option<i32> {
-        self.recv_as_told(watched, limit, || self.recv_told(buffer))
+        timeout_ns: i64,
+    ) -> Result<i32, StillToWait> {
+        self.recv_as_told(watched, timeout_ns, || self.recv_told(buffer))
     }
 
     /// Waits for events and has `receive` receive, until there was something. An interrupt that came meanwhile is the ring's to tell.
@@ -73,43 +80,50 @@ impl Socket {
     fn recv_as_told(
         &self,
         watched: &Watched<'_>,
-        mut limit: Limit,
+        timeout_ns: i64,
         mut receive: impl FnMut() -> (i32, bool),
-    ) -> Option<i32> {
+    ) -> Result<i32, StillToWait> {
+        let mut limit = Limit::of(timeout_ns);
         loop {
             let events = match watched.events(&mut limit) {
                 Ok(events) => events,
-                Err(NoEvents::Unwatched) => return None,
+                Err(NoEvents::Unwatched) => return Err(StillToWait(limit.left_ns())),
                 // What came in time may not have been told yet, by a worker that is late.
                 Err(NoEvents::Ended(outcome::TIMED_OUT)) => {
                     let (code, is_whole) = receive();
                     if code == -libc::EAGAIN {
-                        return Some(outcome::TIMED_OUT);
+                        return Ok(outcome::TIMED_OUT);
                     }
                     watched.received(libc::POLLIN as u32, is_whole);
-                    return Some(code);
+                    return Ok(code);
                 }
-                Err(NoEvents::Ended(code)) => return Some(code),
+                Err(NoEvents::Ended(code)) => return Ok(code),
             };
             let (code, is_whole) = receive();
             if code == -libc::EAGAIN {
                 if watched.found_nothing() {
                     continue;
                 }
-                return None;
+                return Err(StillToWait(limit.left_ns()));
             }
             watched.received(events, is_whole);
-            return Some(code);
+            return Ok(code);
         }
     }
 
-    /// Receives into a buffer that is taken once there is something to put into it: the bytes or a code; `None` if the ring has to
-    /// do it.
+    /// Receives into a buffer that is taken once there is something to put into it: the bytes or a code.
     // Functions of their own, so that a fiber that waits otherwise has none of this on its stack.
     #[inline(never)]
-    pub(super) fn recv_lease_watched(&self, borrower: Borrower, out: &mut Buf) -> Option<i32> {
-        let (watched, limit) = self.watched()?;
-        self.recv_lease_by(&watched, borrower, limit, out)
+    pub(super) fn recv_lease_watched(
+        &self,
+        borrower: Borrower,
+        timeout_ns: i64,
+        out: &mut Buf,
+    ) -> Result<i32, StillToWait> {
+        match self.watched(timeout_ns) {
+            Some(watched) => self.recv_lease_by(&watched, borrower, timeout_ns, out),
+            None => Err(StillToWait(timeout_ns)),
+        }
     }
 
     /// [`recv_lease_watched`](Socket::recv_lease_watched), as in [`begin_watch`](Socket::begin_watch).
@@ -119,8 +133,11 @@ impl Socket {
         borrower: Borrower,
         timeout_ns: i64,
         out: &mut Buf,
-    ) -> Option<i32> {
-        self.recv_lease_by(&self.begin_watch()?, borrower, Limit::of(timeout_ns), out)
+    ) -> Result<i32, StillToWait> {
+        match self.begin_watch() {
+            Some(watched) => self.recv_lease_by(&watched, borrower, timeout_ns, out),
+            None => Err(StillToWait(timeout_ns)),
+        }
     }
 
     #[inline(always)]
@@ -128,10 +145,10 @@ impl Socket {
         &self,
         watched: &Watched<'_>,
         borrower: Borrower,
-        limit: Limit,
+        timeout_ns: i64,
         out: &mut Buf,
-    ) -> Option<i32> {
-        self.recv_as_told(watched, limit, || {
+    ) -> Result<i32, StillToWait> {
+        self.recv_as_told(watched, timeout_ns, || {
             let mut is_whole = false;
             let code = borrower.receive_by(out, |buffer| {
                 let code;
