@@ -213,8 +213,8 @@ MUTATIONS = [
     (
         "2 what a late worker has not been told of is no longer looked for",
         "src/socket/watched.rs",
-        "                    if code == -libc::EAGAIN {\n                        return Some(outcome::TIMED_OUT);",
-        "                    if code == -libc::EAGAIN || true {\n                        return Some(outcome::TIMED_OUT);",
+        "                    if code == -libc::EAGAIN {\n                        return Ok(outcome::TIMED_OUT);",
+        "                    if code == -libc::EAGAIN || true {\n                        return Ok(outcome::TIMED_OUT);",
         test("watched", "what_came_in_time_is_no_timeout_however_late_the_worker_is"),
     ),
     (
@@ -230,6 +230,20 @@ MUTATIONS = [
         "                self.soonest_ns = self.soonest_ns.min(watch.end_ns);\n            }",
         "            }",
         test("watched", "each_connection_times_out_on_its_own"),
+    ),
+    (
+        "2 a receive whose watch ends waits for its whole time again",
+        "src/driver/watch.rs",
+        "        if self.end_ns == 0 {\n            return self.timeout_ns;\n        }",
+        "        if self.end_ns >= 0 {\n            return self.timeout_ns;\n        }",
+        test("watched", "a_timeout_goes_on_where_a_watch_ends"),
+    ),
+    (
+        "7 a watch nobody listens to goes on waking its worker",
+        "src/driver/watch.rs",
+        "            watch.unheard = watch.unheard.saturating_add(1);\n",
+        "",
+        test("watched", "a_watch_nobody_listens_to_is_ended"),
     ),
     (
         "2 the end of a stream hides what came with it",

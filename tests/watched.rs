@@ -390,6 +390,48 @@ fn cancel_deadline_timeout_and_shutdown_end_the_wait() {
     });
 }
 
+/// What nobody asks for wakes the worker no longer, is there for who comes late, and the stream is watched anew.
+#[test]
+fn a_watch_nobody_listens_to_is_ended() {
+    with_pairs(|left, right| {
+        if left.family() != AF_UNIX {
+            // What is held back until the peer has acknowledged more makes no event.
+            left.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1).unwrap();
+        }
+        for _ in 0..3 {
+            let mut bytes = 0;
+            while watches() > 0 {
+                left.sendall(b"x").unwrap();
+                bytes += 1;
+                assert!(bytes < 1000, "it is still watched");
+            }
+            assert!(!can_watch() || bytes >= 64, "ended after {bytes}");
+            let mut got = 0;
+            while got < bytes {
+                got += right.recv(7).unwrap().len();
+            }
+            let waiting = wait_in_fiber(&right);
+            left.sendall(b"on").unwrap();
+            assert_eq!(waiting.join().unwrap().unwrap(), b"on");
+            // The receives so far may have been enough.
+            if watches() == 0 {
+                have_watched(&left, &right);
+            }
+        }
+        // Closing does not wait for what has ended already, nor does it miss what is about to.
+        for _ in 0..70 {
+            left.sendall(b"x").unwrap();
+            ringsock::yield_now();
+        }
+        right.close().unwrap();
+        let refused = errno(left.sendall(b"x")).expect("an errno");
+        assert!(
+            [libc::EPIPE, libc::ECONNRESET].contains(&refused),
+            "{refused}"
+        );
+    });
+}
+
 /// A fiber that lets others go first, having been told of something, and then does not take all of it, leaves the rest to who came
 /// to wait meanwhile.
 #[test]

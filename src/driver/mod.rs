@@ -715,7 +715,10 @@ impl Driver {
             self.notice(user_data, completion);
             return None;
         }
-        let (key, events) = self.watches.complete(user_data, completion)?;
+        let Some((key, events)) = self.watches.complete(user_data, completion) else {
+            self.end_watch_if_unheard(WatchId(user_data));
+            return None;
+        };
         match self.slots.end_wait(key) {
             Some(waiter) => {
                 let told = Completion {
@@ -729,6 +732,18 @@ impl Driver {
                 self.watches.keep_events(WatchId(user_data), events);
                 None
             }
+        }
+    }
+
+    #[inline(always)]
+    fn end_watch_if_unheard(&mut self, id: WatchId) {
+        if self.watches.begin_end_if_unheard(id)
+            && let Backend::Uring(uring) = &mut self.backend
+            && uring
+                .prepare_cancel(Key(id.0), TAG_TIMER, &mut self.counters)
+                .is_err()
+        {
+            self.watches.go_on(id);
         }
     }
 

@@ -10,8 +10,14 @@
 //!  (none) ─────────▶ Armed ◀───────────────────────────────────────────┐
 //!                      │ └─────────────────────────────────────────────┘
 //!                      ├── last CQE (the CQ overflowed, no memory, …) ──▶ Ended ──── end, or what it told is taken ──▶ (none)
-//!                      └── end: a cancel by key ──▶ Ending ──── last CQE ──────────────────▶ (none)
+//!                      └── end, or unheard: a cancel by key ──▶ Ending ──── last CQE ──────────────────▶ (none)
 //! ```
+//!
+//! # Nobody listens
+//!
+//! A socket may go on without its watch: on a plain thread, on another worker, beside a deadline; or its fiber has something else to
+//! do. Each arrival would still wake the worker. So a watch of which nobody has wanted to know for [`UNHEARD_MAX`] events is ended, and
+//! begins as the first did where receives wait for it again.
 //!
 //! # What an event means
 //!
@@ -46,6 +52,9 @@ const RESERVED: usize = 1024;
 
 /// What ends a wait for want of an event: no event of poll(2) has this bit.
 pub(crate) const SECOND_LOOK: u32 = 1 << 30;
+
+/// So many events in a row that nobody asks for, and the watch is ended.
+const UNHEARD_MAX: u8 = 64;
 
 /// The least time between two checks for waits whose time is over.
 const CHECK_PAUSE_NS: i64 = 1_000_000;
@@ -120,6 +129,8 @@ struct Watch {
     waiting: Key,
     /// What has been told since somebody took it, as poll(2) names it.
     events: u32,
+    /// Events since then that found others there already.
+    unheard: u8,
     /// There has been no event since somebody saw that there was nothing.
     seen_empty: bool,
     /// The look in which the wait began.
@@ -186,6 +197,7 @@ impl Watches {
             id,
             waiting: Key::NONE,
             events: 0,
+            unheard: 0,
             // Arming looks.
             seen_empty: true,
             look: 0,
@@ -228,6 +240,7 @@ impl Watches {
             return Told::Unwatched;
         };
         if watch.events != 0 {
+            watch.unheard = 0;
             return Told::Events(std::mem::take(&mut watch.events));
         }
         if watch.phase != Phase::Armed || watch.waiting != Key::NONE {
@@ -355,8 +368,31 @@ impl Watches {
             return self.ended(WatchId(user_data), completion);
         }
         watch.seen_empty = false;
+        if watch.events != 0 {
+            watch.unheard = watch.unheard.saturating_add(1);
+        }
         watch.events |= completion.res as u32;
         watch.hand_over()
+    }
+
+    /// Whether nobody has wanted to know for long what the watch tells. Then it is about to be ended.
+    #[inline(always)]
+    pub(super) fn begin_end_if_unheard(&mut self, id: WatchId) -> bool {
+        match self.get(id) {
+            Some(watch) if watch.unheard >= UNHEARD_MAX && watch.phase == Phase::Armed => {
+                watch.phase = Phase::Ending;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// It could not be ended: at its next event again.
+    #[cold]
+    pub(super) fn go_on(&mut self, id: WatchId) {
+        if let Some(watch) = self.get(id) {
+            watch.phase = Phase::Armed;
+        }
     }
 
     /// The wait that the watch's next event ends, if there is one.
@@ -539,6 +575,29 @@ mod tests {
         let told = watches.events_or_wait(ids[0], &mut limit, || key(5));
         assert_eq!(told, Told::Waits(key(5)));
         assert_eq!(watches.soonest_ns(), end_ns);
+    }
+
+    #[test]
+    fn a_watch_nobody_listens_to_is_ended() {
+        let mut watches = Watches::new(true);
+        let id = watches.begin().unwrap();
+        for _ in 0..2 {
+            for _ in 0..UNHEARD_MAX {
+                assert_eq!(watches.complete(id.0, event(libc::POLLIN)), None);
+                assert!(!watches.begin_end_if_unheard(id));
+            }
+            assert_eq!(take_events(&mut watches, id), IN, "somebody listens");
+        }
+        for _ in 0..=UNHEARD_MAX {
+            assert_eq!(watches.complete(id.0, event(libc::POLLIN)), None);
+        }
+        assert!(watches.begin_end_if_unheard(id));
+        watches.go_on(id);
+        assert!(watches.begin_end_if_unheard(id), "it was put off");
+        assert_eq!(take_events(&mut watches, id), IN);
+        assert_eq!(wait(&mut watches, id, 1), Told::Unwatched);
+        assert_eq!(watches.complete(id.0, last(-libc::ECANCELED)), None);
+        assert!(watches.is_gone(id));
     }
 
     #[test]

@@ -56,8 +56,8 @@ use crate::constants::{
     AF_ALG, AF_INET, AF_INET6, AF_UNIX, AF_UNSPEC, Family, Kind, MsgFlags, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOCK_STREAM,
 };
-use crate::driver::op::{self, timespec_from_ns};
 use crate::driver::Op;
+use crate::driver::op::{self, timespec_from_ns};
 use crate::error::{Error, Result};
 use crate::fiber::inflight::{Direction, InFlight};
 use crate::fiber::{self, Borrower, error_from_outcome, outcome};
