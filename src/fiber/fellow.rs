@@ -20,15 +20,18 @@ impl Fellow {
     }
 
     /// Asks for an early end of the operation that the fiber waits in. It comes to `-ECANCELED` (or `TIMED_OUT`, where it has a
-    /// deadline), or to a result it had already. A fiber that is in no operation does not notice.
+    /// deadline), or to a result it had already. So does one that the fiber is about to begin but has no room for. A fiber that is
+    /// not about to wait does not notice.
     pub(crate) fn end_wait(self) {
         let Some(worker) = worker() else {
             return;
         };
-        if let Some(fiber) = worker.fiber(self.slot, self.id)
-            && matches!(fiber.state.get(), State::InOperation | State::Watching)
-        {
-            worker.cancel(fiber.key.get());
+        let Some(fiber) = worker.fiber(self.slot, self.id) else {
+            return;
+        };
+        match fiber.state.get() {
+            State::InOperation | State::Watching => worker.cancel(fiber.key.get()),
+            _ => fiber.roused.set(true),
         }
     }
 }

@@ -152,6 +152,8 @@ pub(crate) struct Fiber {
     interrupt: Cell<u8>,
     forecast: Forecast,
     woken: Cell<bool>,
+    /// Somebody has asked for the end of the wait that it is about to begin.
+    roused: Cell<bool>,
     unwinds: Cell<u8>,
 
     completion: Cell<Completion>,
@@ -384,6 +386,7 @@ fn create<F: FnOnce() + 'static>(
         interrupt: Cell::new(worker.interrupts_of_new_fibers()),
         unwinds: Cell::new(0),
         woken: Cell::new(false),
+        roused: Cell::new(false),
         packet,
         name,
         limit,
@@ -807,8 +810,8 @@ fn suspend_fiber(
     failed_in_fiber(worker, fiber, op, completion.res, timeout_ns, target)
 }
 
-/// Submits once the others have reaped: nothing of `op` is in flight before. A code if the fiber was interrupted meanwhile,
-/// and nothing was submitted.
+/// Submits once the others have reaped: nothing of `op` is in flight before. A code if the fiber was interrupted meanwhile, or its
+/// wait is to end ([`Fellow`](fellow::Fellow)), and nothing was submitted.
 ///
 /// # Safety
 ///
@@ -821,10 +824,14 @@ unsafe fn submit_later(
     op: &mut Op<'_>,
     timeout: Option<&Timespec>,
 ) -> Option<i32> {
+    fiber.roused.set(false);
     loop {
         yield_fiber(worker, fiber);
         if let Some(code) = interrupted(worker, fiber) {
             return Some(code);
+        }
+        if fiber.roused.get() {
+            return Some(-libc::ECANCELED);
         }
         // SAFETY: the caller's promise.
         if unsafe { worker.submit(fiber, op, timeout) }.is_ok() {

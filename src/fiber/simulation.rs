@@ -8,9 +8,11 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::join::spawn;
+use super::join::{Builder, spawn};
 use super::story::{ENDINGS, PATIENT, socket_calls};
-use super::{simulated, sleep, timeout, yield_now};
+use super::{State, simulated, sleep, suspend, timeout, worker, yield_now};
+use crate::driver::Op;
+use crate::driver::op::timespec_from_ns;
 use crate::driver::scripted::{Random, World};
 use crate::error::{Error, Result};
 use crate::socket::Socket;
@@ -104,6 +106,36 @@ fn data_at_the_deadline_is_received_whole_and_in_order() {
         timeouts >= one_in_twenty() * 20,
         "the deadlines were part of the story"
     );
+    say_how_much();
+}
+
+/// Whose wait is ended by a fellow, before it has begun for want of room, does not wait.
+#[test]
+fn who_is_roused_before_there_is_room_for_its_wait_does_not_wait() {
+    let mut had_no_room = 0u64;
+    for seed in seeds() {
+        let (has_no_room, _) = simulate(seed, move |_| {
+            let waiting = Builder::new().spawn(|| {
+                let duration = timespec_from_ns(1_000_000_000_000);
+                suspend(&mut Op::Sleep { duration }, -1, None)
+            });
+            let waiting = waiting.unwrap();
+            let fellow = waiting.fellow();
+            yield_now();
+            let fiber = worker().unwrap().fiber(fellow.slot, fellow.id).unwrap();
+            let has_no_room = fiber.state.get() == State::Ready;
+            fellow.end_wait();
+            let code = waiting.join().unwrap();
+            // One that has begun may be over when it is to end.
+            assert!(
+                code == -libc::ECANCELED || !has_no_room && code == -libc::ETIME,
+                "seed {seed}: {code}"
+            );
+            has_no_room
+        });
+        had_no_room += u64::from(has_no_room);
+    }
+    assert!(had_no_room >= one_in_twenty(), "there was no room");
     say_how_much();
 }
 
