@@ -652,6 +652,11 @@ fn accept_all(listener: &Socket, proxy: &Arc<Proxy>, places: &Places, alive: &Se
 fn connections_max(args: &Args) -> usize {
     let soft = ringsock::raise_descriptor_limit().map_or(1024, |(_, after)| after);
     let others = OTHER_DESCRIPTORS + PIPE_DESCRIPTORS * u64::from(args.workers);
+    if soft < others + 2 {
+        eprintln!(
+            "proxy: {soft} open files are hardly enough for one connection at a time (raise `ulimit -n`)"
+        );
+    }
     // Each takes two descriptors.
     let possible = (soft.saturating_sub(others) / 2).max(1);
     let possible = usize::try_from(possible).unwrap_or(usize::MAX);
