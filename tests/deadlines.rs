@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ringsock::prelude::*;
-use ringsock::{JoinError, Result, Runtime, socketpair};
+use ringsock::{JoinError, JoinHandle, Result, Runtime, sleep, socketpair, spawn};
 use support::{Random, checked, listener, seed, tcp_pair};
 
 /// What a clock may differ from another: no timeout is earlier than this.
@@ -581,6 +581,72 @@ fn no_timeout_is_early() {
                 "sleep {world}: {took:?} for {after:?}"
             );
         }
+    });
+}
+
+/// A receive into much memory waits for readiness rather than for itself. It ends as any other does.
+#[test]
+fn a_receive_of_much_ends_as_any_other() {
+    const MUCH: usize = 64 * 1024;
+    fn receive(socket: &Socket) -> JoinHandle<(Result<usize>, Duration)> {
+        let socket = socket.clone();
+        spawn(move || {
+            let start = Instant::now();
+            let received = socket.recv_into(&mut vec![0; MUCH]);
+            (received, start.elapsed())
+        })
+    }
+    checked(|| {
+        for pair in [tcp_pair, || socketpair().unwrap()] {
+            ringsock::run(move || {
+                let (left, right) = pair();
+                right.settimeout(0.05).unwrap();
+                assert_times_out("alone", Duration::from_millis(50), || {
+                    right.recv_into(&mut vec![0; MUCH])
+                });
+                // Both are told of the byte, and one finds nothing any more: its time goes on.
+                let timeout = Duration::from_secs(1);
+                right.settimeout(timeout).unwrap();
+                let both = [receive(&right), receive(&right)];
+                sleep(0.8).unwrap();
+                left.sendall(b"x").unwrap();
+                let mut both = both.map(|receiving| receiving.join().unwrap());
+                both.sort_by_key(|(received, _)| received.is_err());
+                assert_eq!(both[0].0, Ok(1));
+                assert_eq!(both[1].0, Err(Error::Timeout));
+                let elapsed = both[1].1;
+                assert!(elapsed > timeout - EARLY, "{elapsed:?}");
+                assert!(
+                    elapsed < timeout + Duration::from_millis(600),
+                    "{elapsed:?}"
+                );
+
+                right.settimeout(None).unwrap();
+                let ended = ringsock::timeout(0.05, || right.recv_into(&mut vec![0; MUCH]));
+                assert_eq!(ended, Err(Error::Timeout));
+                let receiving = receive(&right);
+                sleep(0.005).unwrap();
+                receiving.cancel();
+                assert_eq!(receiving.join().unwrap().0, Err(Error::Cancelled));
+                let receiving = receive(&right);
+                sleep(0.005).unwrap();
+                left.sendall(b"all there is").unwrap();
+                assert_eq!(receiving.join().unwrap().0, Ok(12));
+                let receiving = receive(&right);
+                sleep(0.005).unwrap();
+                left.shutdown(SHUT_WR).unwrap();
+                assert_eq!(receiving.join().unwrap().0, Ok(0));
+                let receiving = receive(&left);
+                sleep(0.005).unwrap();
+                left.close().unwrap();
+                let closed = receiving.join().unwrap().0.unwrap_err();
+                assert_eq!(closed.errno(), Some(libc::EBADF));
+            });
+        }
+        ringsock::run(|| {
+            let received = listener(1).recv_into(&mut vec![0; MUCH]);
+            assert_eq!(received.unwrap_err().errno(), Some(libc::ENOTCONN));
+        });
     });
 }
 
