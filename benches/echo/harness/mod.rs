@@ -55,7 +55,7 @@ pub struct HarnessArgs {
     /// One more contender: a command that takes the options of `serve`.
     #[arg(long, value_name = "NAME=COMMAND", value_parser = Contender::also)]
     also: Vec<Contender>,
-    /// Timed rounds [default: 5, with --quick 2, and up to 5 more of those whose ratio to epoll is not known to 1.2 %].
+    /// Timed rounds [default: 8, with --quick 2, and up to 8 more of those whose ratio to epoll is not known to 1.2 %].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
     /// List cells and contenders, and run nothing.
@@ -102,13 +102,13 @@ pub struct HarnessArgs {
 }
 
 /// How often each contender has its turn in a timed round, and in one of a quick run.
-const PASSES: usize = 32;
+const PASSES: usize = 20;
 const QUICK_PASSES: usize = 4;
-/// Timed rounds, unless another number is asked for, and in a quick run.
-const ROUNDS: usize = 5;
+/// Timed rounds, unless another number is asked for, and in a quick run. Each has new processes.
+const ROUNDS: usize = 8;
 const QUICK_ROUNDS: usize = 2;
 /// At most so many more rounds of those whose ratio to epoll is not known well enough.
-const FURTHER_ROUNDS: usize = 5;
+const FURTHER_ROUNDS: usize = 8;
 
 /// Runs the comparison.
 pub fn run(args: HarnessArgs) -> ExitCode {
