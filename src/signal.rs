@@ -389,6 +389,12 @@ impl Signals {
     fn own_eventfd(&self) -> Result<()> {
         let place = &TABLE[self.index];
         let epoch = sys::fork_epoch();
+        if place.epoch.load(Ordering::SeqCst) == epoch {
+            return Ok(());
+        }
+        // Of several that wait for the first time, one does it: the others would take away what it waits for by then.
+        static FIRST: Mutex<()> = Mutex::new(());
+        let _first = sys::lock_after_fork(&FIRST);
         if place.epoch.load(Ordering::SeqCst) != epoch {
             let fresh = sys::eventfd()?;
             sys::check(sys::bury(self.eventfd.as_raw_fd(), fresh.as_raw_fd()))?;

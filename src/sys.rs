@@ -11,7 +11,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use crate::address::{Address, SockAddr};
 use crate::driver::op::TRANSFER_BYTES_MAX;
@@ -440,6 +440,31 @@ fn without_sigpipe(call: impl FnOnce() -> i32) -> i32 {
 pub(crate) fn read(fd: RawFd, buffer: &mut [u8]) -> i32 {
     // SAFETY: the kernel writes at most `len` bytes into the exclusively borrowed buffer, during the call only.
     count(unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) })
+}
+
+/// read(2) that does not wait (EAGAIN), where the kernel can do that (of pipes since Linux 6.5).
+pub(crate) fn read_at_once(fd: RawFd, buffer: &mut [u8]) -> i32 {
+    const AT_THE_POSITION: libc::c_long = -1;
+    let piece = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: the kernel writes at most `len` bytes into the exclusively borrowed buffer, during the call only.
+    let code = count(unsafe {
+        libc::syscall(
+            libc::SYS_preadv2,
+            fd,
+            &raw const piece,
+            1,
+            AT_THE_POSITION,
+            AT_THE_POSITION,
+            libc::RWF_NOWAIT,
+        ) as isize
+    });
+    match -code {
+        libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL => read(fd, buffer),
+        _ => code,
+    }
 }
 
 pub(crate) fn pread(fd: RawFd, buffer: &mut [u8], offset: i64) -> i32 {
@@ -874,7 +899,7 @@ pub(crate) fn raise_nofile() -> Option<(u64, u64)> {
 /// Where the page cannot be had the mark reads 1 always, and forked children are not told apart.
 pub(crate) fn fork_mark() -> &'static AtomicU32 {
     static MARK: OnceLock<&'static AtomicU32> = OnceLock::new();
-    static NO_MARK: AtomicU32 = AtomicU32::new(1);
+    static NO_MARK: AtomicU32 = AtomicU32::new(FIRST_EPOCH);
     MARK.get_or_init(|| {
         let len = page_size();
         // SAFETY: an anonymous private mapping of one page, at an address the kernel picks; checked before use.
@@ -899,22 +924,27 @@ pub(crate) fn fork_mark() -> &'static AtomicU32 {
         }
         // SAFETY: the page is aligned, zeroed (a valid AtomicU32), and never unmapped.
         let mark: &'static AtomicU32 = unsafe { &*page.cast::<AtomicU32>() };
-        mark.store(1, Ordering::Relaxed);
+        mark.store(FIRST_EPOCH, Ordering::Relaxed);
         mark
     })
 }
 
+/// The epoch of a process that was not forked since it first asked.
+const FIRST_EPOCH: u32 = 1;
+
 /// The number [`fork_mark`] shows to this process; a forked child gets another one, never its parent's. A ring remembers the
 /// epoch it was made in and belongs to whoever still reads it.
 pub(crate) fn fork_epoch() -> u32 {
-    static LAST: AtomicU32 = AtomicU32::new(1);
+    static LAST: AtomicU32 = AtomicU32::new(FIRST_EPOCH);
     let mark = fork_mark();
     match mark.load(Ordering::Relaxed) {
         0 => {
-            // A child that has not asked before. It has one thread, so nobody races; LAST came along with the fork.
+            // A child that has not asked before, perhaps with several threads by now. LAST came along with the fork.
             let epoch = LAST.fetch_add(1, Ordering::Relaxed) + 1;
-            mark.store(epoch, Ordering::Relaxed);
-            epoch
+            match mark.compare_exchange(0, epoch, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => epoch,
+                Err(first) => first,
+            }
         }
         epoch => epoch,
     }
@@ -922,14 +952,23 @@ pub(crate) fn fork_epoch() -> u32 {
 
 /// The lock, unless this is a forked child whose parent had it taken just then: nobody will give it back here.
 pub(crate) fn lock_after_fork<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
-    for _ in 0..10_000 {
+    /// For so long a thread of this process may have it.
+    const PATIENCE_NS: i64 = 100_000_000;
+
+    if fork_epoch() == FIRST_EPOCH {
+        return Some(mutex.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+    let start_ns = monotonic_ns();
+    loop {
         match mutex.try_lock() {
             Ok(guard) => return Some(guard),
             Err(TryLockError::Poisoned(guard)) => return Some(guard.into_inner()),
             Err(TryLockError::WouldBlock) => std::thread::yield_now(),
         }
+        if monotonic_ns() - start_ns > PATIENCE_NS {
+            return None;
+        }
     }
-    None
 }
 
 /// The size of a page of memory in bytes.
@@ -941,6 +980,39 @@ pub(crate) fn page_size() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// All threads of a forked child find the same epoch, another one than its parent's, also if they ask for the first time at once.
+    #[test]
+    fn a_forked_child_has_one_epoch() {
+        const THREADS: u32 = 4;
+        let parents = fork_epoch();
+        for _ in 0..100 {
+            // SAFETY: no memory is passed. The child starts threads, as forked servers do, and ends without running anything else.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                let gate = AtomicU32::new(0);
+                let ask = || {
+                    gate.fetch_add(1, Ordering::SeqCst);
+                    while gate.load(Ordering::SeqCst) < THREADS {
+                        std::thread::yield_now();
+                    }
+                    fork_epoch()
+                };
+                let epochs = std::thread::scope(|scope| {
+                    let asking = [(); THREADS as usize].map(|()| scope.spawn(ask));
+                    asking.map(|thread| thread.join().unwrap_or(parents))
+                });
+                let is_one = epochs.iter().all(|epoch| *epoch == fork_epoch());
+                let code = i32::from(!is_one || epochs[0] == parents);
+                // SAFETY: no memory is passed.
+                unsafe { libc::_exit(code) };
+            }
+            let mut status = -1;
+            // SAFETY: the kernel writes the status, which lives through the call.
+            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+            assert_eq!(status, 0);
+        }
+    }
 
     #[test]
     fn a_buried_number_stays_taken_and_answers_ebadf() {

@@ -21,6 +21,8 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
+use super::count_part;
+
 /// The end of a list.
 const NONE: u32 = u32::MAX;
 /// What the returned list is once the pool has ended.
@@ -335,7 +337,7 @@ impl Lease {
     /// Divides the part: the first `at` bytes are the new lease's.
     pub(crate) fn split_to(&mut self, at: usize) -> Lease {
         assert!(at <= self.len(), "past the end");
-        self.slot().others.fetch_add(1, Ordering::Relaxed);
+        count_part(&self.slot().others);
         let head = Lease {
             pool: self.pool,
             start: self.start,

@@ -6,6 +6,7 @@ pub(crate) mod pool;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use lease::Lease;
 use pool::{Class, PoolBuf};
@@ -56,6 +57,14 @@ impl Default for Memory {
 }
 
 const _: () = assert!(size_of::<Buf>() <= 32);
+
+/// Counts one more part of a buffer. Parts that were forgotten count, too: before the number wraps round, and a buffer that is in
+/// use looks like one that is not, the process ends (as `Arc` has it).
+fn count_part(others: &AtomicU32) {
+    if others.fetch_add(1, Ordering::Relaxed) > i32::MAX as u32 {
+        std::process::abort();
+    }
+}
 
 impl Buf {
     /// Wraps bytes that were received.

@@ -30,6 +30,7 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::count_part;
 use crate::error::{Error, Result};
 use crate::fiber::count_unwaited_call;
 use crate::fiber::park::{Parking, Waker};
@@ -411,6 +412,8 @@ pub(crate) struct Class {
     /// Somebody is in the queue.
     has_waiting: AtomicBool,
     queue: Mutex<Queue>,
+    /// The process that made it.
+    epoch: u32,
     /// Zero-copy sends that hold parts of these buffers.
     pins: AtomicUsize,
     options: Arc<Options>,
@@ -426,6 +429,8 @@ unsafe impl Sync for Class {}
 struct Queue {
     waiting: WaitQueue<Waker>,
     given: Vec<(Ticket, u32)>,
+    /// The process of those.
+    epoch: u32,
 }
 
 impl Class {
@@ -476,7 +481,9 @@ impl Class {
             queue: Mutex::new(Queue {
                 waiting: WaitQueue::new(),
                 given: Vec::new(),
+                epoch: sys::fork_epoch(),
             }),
+            epoch: sys::fork_epoch(),
             pins: AtomicUsize::new(0),
             options: options.clone(),
         };
@@ -501,8 +508,22 @@ impl Class {
         Ok(class)
     }
 
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Those who wait; `None` in a forked child whose parent had the lock taken just then. A child has nothing to do with those who
+    /// wait in its parent.
+    fn queue(&self) -> Option<MutexGuard<'_, Queue>> {
+        let epoch = sys::fork_epoch();
+        if epoch == self.epoch {
+            return Some(self.queue.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+        let mut queue = sys::lock_after_fork(&self.queue)?;
+        if queue.epoch != epoch {
+            queue.epoch = epoch;
+            drop(queue.waiting.take());
+            for (_, index) in std::mem::take(&mut queue.given) {
+                self.push(index);
+            }
+        }
+        Some(queue)
     }
 
     /// The buffer that came home last.
@@ -572,7 +593,9 @@ impl Class {
     #[cold]
     #[inline(never)]
     fn serve(&self) {
-        let mut queue = self.queue();
+        let Some(mut queue) = self.queue() else {
+            return;
+        };
         let mut served = Vec::new();
         while !queue.waiting.is_empty()
             && let Some(index) = self.pop()
@@ -591,9 +614,11 @@ impl Class {
     #[cold]
     #[inline(never)]
     fn wait(&self) -> Result<u32> {
+        // Nobody will ever give the lock back.
+        let lost = || Error::from_errno(libc::EAGAIN);
         let parking = Parking::new();
         let ticket = {
-            let mut queue = self.queue();
+            let mut queue = self.queue().ok_or_else(lost)?;
             let ticket = queue.waiting.push(parking.waker());
             self.has_waiting.store(true, Ordering::Relaxed);
             ticket
@@ -602,7 +627,7 @@ impl Class {
         // One may have come home before anybody could see that it is waited for. Then this wakes whoever is first, perhaps this one.
         self.serve();
         let ended = parking.wait();
-        let mut queue = self.queue();
+        let mut queue = self.queue().ok_or_else(lost)?;
         let given = queue.given.iter().position(|(other, _)| *other == ticket);
         if let Some(place) = given {
             // Whatever ended the wait.
@@ -806,7 +831,7 @@ impl PoolBuf {
     /// Divides the part: the first `at` bytes are the new one's.
     pub(crate) fn split_to(&mut self, at: usize) -> PoolBuf {
         assert!(at <= self.len(), "past the end");
-        self.slot().others.fetch_add(1, Ordering::Relaxed);
+        count_part(&self.slot().others);
         let head = PoolBuf {
             class: self.class.clone(),
             start: self.start,
