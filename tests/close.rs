@@ -1058,3 +1058,28 @@ fn every_round_of_opening_and_closing_gives_its_descriptors_back() {
         eventually("all are closed", || descriptors() == before);
     });
 }
+
+/// A listener that is shut down accepts nothing more, and says so to who waits, on either driver and in any mode.
+#[test]
+fn a_listener_that_is_shut_down_ends_accepts() {
+    checked(|| {
+        for timeout in [None, Some(20.0)] {
+            let accept = move || {
+                let listener = Socket::new(AF_UNIX, SOCK_STREAM, 0).unwrap();
+                listener.bind("").unwrap();
+                listener.listen(1).unwrap();
+                listener.settimeout(timeout).unwrap();
+                let other = listener.clone();
+                let shutting = thread::spawn(move || {
+                    thread::sleep(Duration::from_millis(20));
+                    other.shutdown(SHUT_RDWR).unwrap();
+                });
+                let refused = listener.accept().unwrap_err();
+                assert_eq!(refused.errno(), Some(libc::EINVAL), "{timeout:?}");
+                shutting.join().unwrap();
+            };
+            accept();
+            ringsock::run(accept);
+        }
+    });
+}

@@ -71,21 +71,14 @@ impl Attempt {
 
     /// For an operation whose descriptor is ready although it would wait: its result if it is at its end all the same.
     ///
-    /// A datagram socket that was shut down for receiving is readable and answers `EAGAIN`; only a recv(2) that waits is told 0.
+    /// A datagram socket that was shut down for receiving is readable and answers `EAGAIN`; only a recv(2) that waits is told 0. So is
+    /// an AF_UNIX listener, where an accept(2) that waits is told `EINVAL`.
     #[cold]
     pub(crate) fn at_end(&mut self, op: &mut Op<'_>) -> Option<i32> {
-        let (Op::Recv { fd, .. } | Op::RecvMsg { fd, .. }) = op else {
-            return None;
-        };
-        let told = sys::poll(*fd, libc::POLLRDHUP, 0);
-        // A signal makes it an error, which has every bit.
-        let is_shut = told > 0 && told & i32::from(libc::POLLRDHUP) != 0;
-        if !is_shut {
-            return None;
-        }
+        let end = op.end_of_what_is_shut()?;
         // The stream's last bytes may have come with its end, since the step that found nothing. No more come after them.
         let last = self.step(op);
-        Some(last.unwrap_or_else(|| self.ended(0)))
+        Some(last.unwrap_or_else(|| self.ended(end)))
     }
 
     /// The result of an operation that ends here, without one of its own: the bytes that it has moved, or else `code`.
@@ -120,6 +113,19 @@ fn connected(op: &mut Op<'_>, fd: RawFd) -> i32 {
 }
 
 impl Op<'_> {
+    /// What it comes to if its socket was shut down for receiving, and there is nothing left.
+    #[cold]
+    pub(crate) fn end_of_what_is_shut(&self) -> Option<i32> {
+        let (fd, end) = match self {
+            Op::Recv { fd, .. } | Op::RecvMsg { fd, .. } => (*fd, 0),
+            Op::Accept { fd, .. } => (*fd, -libc::EINVAL),
+            _ => return None,
+        };
+        let told = sys::poll(fd, libc::POLLRDHUP, 0);
+        // A signal makes it an error, which has every bit.
+        (told > 0 && told & i32::from(libc::POLLRDHUP) != 0).then_some(end)
+    }
+
     /// The flags and the bytes of a transfer.
     fn transfer(&self) -> Option<(i32, usize)> {
         match self {

@@ -628,8 +628,14 @@ impl Epoll {
     fn arming_failed(&mut self, fd: RawFd, answer: i32) {
         match -answer {
             libc::ENOSPC | libc::ENOMEM | libc::EAGAIN | libc::EINTR => {
-                let first = self.watched[fd as usize].first;
-                self.retry_later(first, RETRY_NS);
+                let mut slot = self.watched[fd as usize].first;
+                while slot != NOBODY {
+                    // Those who are to be tried again have their time already.
+                    if self.waits[slot as usize].again_ns == i64::MAX {
+                        self.retry_later(slot, RETRY_NS);
+                    }
+                    slot = self.waits[slot as usize].behind;
+                }
             }
             _ => {
                 let mut slot = self.watched[fd as usize].first;

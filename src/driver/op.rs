@@ -203,8 +203,8 @@ impl Op<'_> {
     }
 }
 
-/// Held while a call goes by `O_NONBLOCK` and while anybody in this process clears it. (Another process with the same file could
-/// clear it all the same.)
+/// Held while a call goes by `O_NONBLOCK` and while anybody in this process sets or clears it. (Another process with the same file
+/// could do so all the same.)
 static GOES_BY_FLAG: Mutex<()> = Mutex::new(());
 
 /// Makes a call under `O_NONBLOCK`, which ring operations of others on the same file do not mind.
@@ -223,11 +223,9 @@ pub(crate) fn without_waiting(fd: RawFd, call: impl FnOnce() -> i32) -> i32 {
 
 /// Sets or clears `O_NONBLOCK`, as a socket's mode asks for.
 pub(crate) fn set_nonblocking(fd: RawFd, nonblocking: bool) -> i32 {
-    if nonblocking {
-        return sys::set_nonblocking(fd, true);
-    }
+    // Set beside such a call, the flag would go with the call's end.
     let _guard = sys::lock_after_fork(&GOES_BY_FLAG);
-    sys::set_nonblocking(fd, false)
+    sys::set_nonblocking(fd, nonblocking)
 }
 
 /// accept4(2) that does not wait.

@@ -866,7 +866,14 @@ fn when_ready(op: &mut Op<'_>, timeout_ns: i64, target: Option<(&InFlight, Direc
         match op.attempt_despite_signals() {
             // Readiness need not mean success, so an end of time must be seen here, too.
             code if code == -libc::EAGAIN && left_ns == 0 => return outcome::TIMED_OUT,
-            code if code == -libc::EAGAIN => {}
+            code if code == -libc::EAGAIN => {
+                // Ready for ever, and never done.
+                if let Op::Accept { .. } = op
+                    && let Some(end) = op.end_of_what_is_shut()
+                {
+                    return end;
+                }
+            }
             result => return result,
         }
     }
