@@ -48,7 +48,7 @@ use std::panic::resume_unwind;
 use std::rc::Rc;
 
 use crate::constants::{AF_INET, AF_INET6, SHUT_WR, SOCK_STREAM};
-use crate::driver::{Limit, Op};
+use crate::driver::{Limit, Op, SECOND_LOOK};
 use crate::error::{Error, Result};
 use crate::fiber::fellow::Fellow;
 use crate::fiber::inflight::Direction;
@@ -369,6 +369,9 @@ impl Drop for EndWhenDropped<'_> {
         let pair = self.0;
         pair.fibers[0].set(None);
         pair.halt();
+        for socket in &pair.sockets {
+            standing::keep_for_the_next(socket.inflight());
+        }
         if pair.forced.get() {
             pair.sockets.iter().for_each(Socket::unforce_nonblocking);
         }
@@ -777,7 +780,9 @@ impl<'a> Way<'a> {
         let Some(events) = self.told else {
             return true;
         };
-        standing::found_untold(self.pair.sockets[self.way].inflight(), events);
+        if events == SECOND_LOOK {
+            standing::found_untold(self.pair.sockets[self.way].inflight());
+        }
         !standing::is_divided(events)
     }
 

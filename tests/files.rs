@@ -376,6 +376,65 @@ fn a_mode_that_is_set_beside_a_sendfile_stays() {
     assert_eq!(flags & libc::O_NONBLOCK, 0);
 }
 
+/// Each needs O_NONBLOCK only during its calls, and takes it from none of the others.
+#[test]
+fn many_sendfiles_of_one_socket_all_keep_their_deadlines() {
+    let (left, right) = socketpair().unwrap();
+    let source = Arc::new(File::open("/dev/zero").unwrap());
+    let is_over = Arc::new(AtomicBool::new(false));
+    let calls = [(); 2].map(|()| Arc::new(AtomicU32::new(0)));
+    let sending = calls.clone().map(|calls| {
+        let (left, source, is_over) = (left.clone(), source.clone(), is_over.clone());
+        thread::spawn(move || {
+            while !is_over.load(Ordering::SeqCst) {
+                // Nobody receives.
+                let sent = ringsock::timeout(0.0002, || left.sendfile(&*source, 0, Some(1 << 30)));
+                assert_eq!(sent, Err(Error::Timeout));
+                calls.fetch_add(1, Ordering::SeqCst);
+            }
+        })
+    });
+    let give_up = Instant::now() + Duration::from_secs(60);
+    while calls
+        .iter()
+        .any(|calls| calls.load(Ordering::SeqCst) < 3000)
+    {
+        assert!(Instant::now() < give_up, "one waits for ever: {calls:?}");
+        thread::sleep(Duration::from_millis(5));
+    }
+    is_over.store(true, Ordering::SeqCst);
+    for sending in sending {
+        sending.join().unwrap();
+    }
+    assert_eq!(left.gettimeout(), None);
+    // SAFETY: no memory is passed.
+    let flags = unsafe { libc::fcntl(left.as_raw_fd(), libc::F_GETFL) };
+    assert_eq!(flags & libc::O_NONBLOCK, 0);
+    drop(right);
+}
+
+/// Of two that wait for one pipe only one gets what comes; the other goes on waiting, without its worker.
+#[test]
+fn two_sendfiles_of_one_pipe_hold_up_nobody() {
+    run(|| {
+        let (source, mut writer) = pipe().unwrap();
+        let source = Arc::new(source);
+        let pairs = [(); 2].map(|()| socketpair().unwrap());
+        let sending = pairs.each_ref().map(|(left, _)| {
+            let (left, source) = (left.clone(), source.clone());
+            spawn(move || left.sendfile(&*source, 0, None))
+        });
+        for _ in 0..20 {
+            ringsock::sleep(0.002).unwrap();
+            writer.write_all(b"data").unwrap();
+        }
+        ringsock::sleep(0.01).unwrap();
+        drop(writer);
+        let sent = sending.map(|sending| sending.join().unwrap().unwrap());
+        assert_eq!(sent[0] + sent[1], 80);
+    });
+}
+
 /// With room for all of it there is nothing to wait for, and still the others have their turns.
 #[test]
 fn other_fibers_run_beside_a_sendfile() {

@@ -498,6 +498,31 @@ fn what_is_sent_later_keeps_its_place() {
     });
 }
 
+/// What may wait fails in a fiber that was cancelled, and an empty datagram is one.
+#[test]
+fn what_is_sent_later_is_sent_or_fails() {
+    checked(|| {
+        ringsock::run(|| {
+            let (left, right) = ringsock::socketpair_with(AF_UNIX, SOCK_DGRAM, 0).unwrap();
+            let sender = left.clone();
+            ringsock::timeout(20.0, || sender.sendall_later(Buf::default())).unwrap();
+            left.sendall(b"next").unwrap();
+            assert_eq!(right.recv(9).unwrap(), b"");
+            assert_eq!(right.recv(9).unwrap(), b"next");
+            let cancelled = spawn(move || {
+                let slept = ringsock::sleep(20.0);
+                (slept, left.sendall_later(b"too late".into()))
+            });
+            yield_now();
+            cancelled.cancel();
+            let ended = cancelled.join().unwrap();
+            assert_eq!(ended, (Err(Error::Cancelled), Err(Error::Cancelled)));
+            let nothing = right.recv_with(9, MSG_DONTWAIT).unwrap_err();
+            assert!(nothing.is_would_block());
+        });
+    });
+}
+
 #[test]
 fn what_waits_to_be_sent_is_bounded_and_others_wait_no_longer_than_their_timeout() {
     checked(|| {

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use ringsock::prelude::*;
 use ringsock::{
     JoinHandle, RelayEnd, RelayMode, RelayOptions, RelaySide, Relayed, Runtime, relay, sleep,
-    socketpair, timeout,
+    socketpair, spawn, timeout,
 };
 use support::{Random, alone, checked, eventually, fork, seed, tcp_pair};
 
@@ -1489,5 +1489,104 @@ fn what_is_behind_urgent_data_arrives_in_all_modes() {
                 assert_eq!(relayed.stranded, 0);
             });
         }
+    });
+}
+
+/// Their modes play no part while they are relayed, and neither does another relay of one of them.
+#[test]
+fn a_mode_that_is_set_during_a_relay_holds_up_nobody() {
+    /// A relay by splice(2), which only O_NONBLOCK keeps from waiting; then `change`, and another piece.
+    fn relay_on(mode: RelayMode, change: fn(&Socket)) {
+        let (client, a) = tcp_pair();
+        let (b, server) = tcp_pair();
+        let (sides, options) = (
+            (a.clone(), b),
+            RelayOptions {
+                mode,
+                ..Default::default()
+            },
+        );
+        let relaying = spawn(move || relay(&sides.0, &sides.1, &options));
+        let piece = vec![7; 40_000];
+        let pass_on = || {
+            client.sendall(&piece).unwrap();
+            let mut got = 0;
+            while got < piece.len() {
+                got += server.recv(1 << 16).unwrap().len();
+            }
+        };
+        (0..10).for_each(|_| pass_on());
+        change(&a);
+        pass_on();
+        // The relay looks for more, and waits, but not the worker.
+        let slept = timeout(20.0, || sleep(0.02));
+        assert_eq!(slept, Ok(()));
+        relaying.cancel();
+        let relayed = relaying.join().unwrap().unwrap();
+        assert_eq!(relayed.ended, RelayEnd::Cancelled);
+        assert!(relayed.a_to_b_spliced > 0, "{relayed:?}");
+    }
+    checked(|| {
+        ringsock::run(|| {
+            for mode in [RelayMode::Splice, RelayMode::Auto] {
+                relay_on(mode, |_| ());
+                relay_on(mode, |a| a.settimeout(None).unwrap());
+                relay_on(mode, |a| a.setblocking(true).unwrap());
+                relay_on(mode, |a| {
+                    let (other, peer) = tcp_pair();
+                    peer.sendall(&[1; 10]).unwrap();
+                    let mode = RelayMode::Splice;
+                    let deadline = 0.02.into();
+                    let options = RelayOptions {
+                        mode,
+                        deadline,
+                        ..Default::default()
+                    };
+                    relay(&other, a, &options).unwrap();
+                });
+            }
+        });
+    });
+}
+
+/// What a relay leaves is there for the next receive at once, whatever it was told before.
+#[test]
+fn what_a_relay_leaves_is_received_at_once() {
+    fn pause_of(end: bool) -> Duration {
+        let (client, a) = tcp_pair();
+        let (b, server) = tcp_pair();
+        let options = RelayOptions {
+            mode: RelayMode::Copy,
+            ..Default::default()
+        };
+        let sides = (a.clone(), b);
+        let relaying = spawn(move || relay(&sides.0, &sides.1, &options));
+        for _ in 0..8 {
+            client.sendall(b"x").unwrap();
+            assert_eq!(server.recv(9).unwrap(), b"x");
+            sleep(0.001).unwrap();
+        }
+        if end {
+            client.shutdown(SHUT_WR).unwrap();
+            assert_eq!(server.recv(9).unwrap(), b"");
+        }
+        relaying.cancel();
+        relaying.join().unwrap().unwrap();
+        let start = Instant::now();
+        if !end {
+            client.sendall(b"more").unwrap();
+        }
+        let left = if end { 0 } else { 4 };
+        assert_eq!(a.recv(9).unwrap().len(), left);
+        start.elapsed()
+    }
+    checked(|| {
+        ringsock::run(|| {
+            for end in [true, false] {
+                // A busy machine may pause for other reasons, but hardly every time.
+                let least = (0..5).map(|_| pause_of(end)).min().unwrap();
+                assert!(least < Duration::from_millis(90), "{least:?}");
+            }
+        });
     });
 }

@@ -872,3 +872,11 @@ fn udp_echo_says_why_it_cannot_listen() {
         "{text}"
     );
 }
+
+#[test]
+fn a_batch_that_memory_cannot_hold_is_refused() {
+    for bytes in [1 << 62, usize::MAX] {
+        let made = std::panic::catch_unwind(|| Datagrams::new(4, bytes));
+        assert!(made.is_err(), "{bytes}");
+    }
+}

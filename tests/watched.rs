@@ -432,6 +432,48 @@ fn a_watch_nobody_listens_to_is_ended() {
     });
 }
 
+/// SO_RCVTIMEO limits a receive also where the socket is watched, or was before the option was set.
+#[test]
+fn the_option_of_a_receive_timeout_counts() {
+    with_pairs(|left, right| {
+        let second_fifth = [0i64, 200_000].map(i64::to_ne_bytes).concat();
+        right
+            .setsockopt(SOL_SOCKET, SO_RCVTIMEO, &second_fifth[..])
+            .unwrap();
+        for _ in 0..2 {
+            let start = Instant::now();
+            let ended = ringsock::timeout(20.0, || right.recv_into(&mut [0; 9]));
+            assert_eq!(errno(ended), Some(libc::EAGAIN));
+            assert!(start.elapsed() >= Duration::from_millis(199));
+            let ended = ringsock::timeout(20.0, || right.recv(9));
+            assert_eq!(errno(ended), Some(libc::EAGAIN));
+            left.sendall(b"in time").unwrap();
+            assert_eq!(right.recv(9).unwrap(), b"in time");
+        }
+    });
+}
+
+/// An operation's timer could not be linked to a watch, so none begins beside a deadline.
+#[test]
+fn receives_beside_a_deadline_begin_no_watch() {
+    checked(|| {
+        ringsock::run(|| {
+            let (left, right) = socketpair().unwrap();
+            for n in 0..20 {
+                let sender = left.clone();
+                let sending = spawn(move || {
+                    sleep(0.001)?;
+                    sender.sendall(&[n])
+                });
+                let received = ringsock::timeout(20.0, || right.recv(1)).unwrap();
+                assert_eq!(received, [n]);
+                sending.join().unwrap().unwrap();
+                assert_eq!(watches(), 0);
+            }
+        });
+    });
+}
+
 /// A fiber that lets others go first, having been told of something, and then does not take all of it, leaves the rest to who came
 /// to wait meanwhile.
 #[test]

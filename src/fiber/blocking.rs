@@ -118,17 +118,26 @@ impl Pool {
     }
 
     fn run(&'static self, job: Job) -> Result<()> {
-        let (jobs, waiting) = &self.jobs;
-        match self.settings.when_full {
-            WhenFull::Wait => jobs.send(job)?,
-            WhenFull::Refuse => jobs
-                .try_send(job)
-                .map_err(|_| Error::from_errno(libc::EAGAIN))?,
+        let (jobs, _) = &self.jobs;
+        if let Err(error) = jobs.try_send(job) {
+            // There may be a higher limit than when the others came.
+            self.start_if_wanted();
+            match (error, self.settings.when_full) {
+                (TrySendError::Full(job), WhenFull::Wait) => jobs.send(job)?,
+                _ => return Err(Error::from_errno(libc::EAGAIN)),
+            }
         }
+        self.start_if_wanted();
+        Ok(())
+    }
+
+    /// Starts a thread, if none waits for a job and there may be another.
+    fn start_if_wanted(&'static self) {
+        let (_, waiting) = &self.jobs;
         let mut threads = self.threads();
         let threads_max = self.settings.threads_max.load(Ordering::Relaxed);
         if waiting.is_pending() || *threads >= threads_max {
-            return Ok(());
+            return;
         }
         let started = thread::Builder::new()
             .name(self.settings.thread_name.into())
@@ -143,7 +152,6 @@ impl Pool {
                 while waiting.try_recv().is_ok() {}
             }
         }
-        Ok(())
     }
 
     /// The life of a thread.

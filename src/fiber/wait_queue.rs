@@ -12,6 +12,12 @@ pub(crate) struct WaitQueue<W> {
     waiting: VecDeque<(Ticket, W)>,
 }
 
+impl<W> Default for WaitQueue<W> {
+    fn default() -> WaitQueue<W> {
+        WaitQueue::new()
+    }
+}
+
 /// A place in a [`WaitQueue`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct Ticket(u64);

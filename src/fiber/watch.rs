@@ -84,8 +84,13 @@ impl<'a> Watched<'a> {
 
     /// [`of`](Watched::of), with a new watch if receives have waited often enough.
     pub(crate) fn begin(inflight: &'a InFlight, fd: RawFd) -> Option<Watched<'a>> {
-        let (worker, _) = current()?;
-        if !inflight.is_owned_by(worker) || inflight.is_closed() || !inflight.is_watchable() {
+        let (worker, fiber) = current()?;
+        let may_use = fiber.interrupt.get() == 0 && !std::thread::panicking();
+        if !may_use
+            || !inflight.is_owned_by(worker)
+            || inflight.is_closed()
+            || !inflight.is_watchable()
+        {
             return None;
         }
         if let Some(id) = inflight.watch() {
@@ -145,7 +150,11 @@ impl<'a> Watched<'a> {
     #[inline(never)]
     fn in_turn(&self, events: u32, limit: &mut Limit) -> Result<u32, NoEvents> {
         self.keep(events);
+        self.fiber.roused.set(false);
         yield_fiber(self.worker, self.fiber);
+        if self.fiber.roused.get() {
+            return Err(NoEvents::Ended(-libc::ECANCELED));
+        }
         if self.fiber.interrupt.get() != 0 {
             return Err(NoEvents::Unwatched);
         }
@@ -190,7 +199,9 @@ impl<'a> Watched<'a> {
         if !is_short || is_divided(events) {
             self.keep(events);
         }
-        found_untold(self.inflight, events);
+        if events == SECOND_LOOK {
+            found_untold(self.inflight);
+        }
     }
 
     /// After a receive that found nothing: the wait that follows needs no second look. False if there must not be one: whoever
@@ -212,11 +223,24 @@ impl<'a> Watched<'a> {
     }
 }
 
-/// After a receive that found something: where nothing had been told of it, the socket is not watched any more.
-#[inline(always)]
-pub(crate) fn found_untold(inflight: &InFlight, events: u32) {
-    if events == SECOND_LOOK {
+/// After a receive that found something at a second look: where nothing had been told of it, and nothing is about to be, the socket
+/// is not watched any more.
+#[cold]
+#[inline(never)]
+pub(crate) fn found_untold(inflight: &InFlight) {
+    // A worker that is busy may come to look after something has come and before it was told.
+    if current().is_some_and(|(worker, _)| !worker.driver.with(|driver| driver.has_completions())) {
         inflight.never_watch();
+    }
+}
+
+/// For a stream that is received from no longer, with something perhaps left: the next receive looks first.
+pub(crate) fn keep_for_the_next(inflight: &InFlight) {
+    if let (Some(id), Some(worker)) = (inflight.watch(), super::worker())
+        && inflight.is_owned_by(worker)
+    {
+        let events = libc::POLLIN as u32;
+        worker.driver.with(|driver| driver.keep_events(id, events));
     }
 }
 

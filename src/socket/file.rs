@@ -13,11 +13,13 @@
 
 use std::fmt;
 use std::io::{self, BufRead, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::Socket;
 use crate::error::{Error, Result};
+use crate::sys;
 
 /// Python's `io.DEFAULT_BUFFER_SIZE`.
 const BUFFER_BYTES: usize = 8192;
@@ -354,12 +356,12 @@ impl SocketFile {
     }
 
     /// One receive, straight into `buffer`.
-    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn receive(&mut self, buffer: &mut [MaybeUninit<u8>]) -> io::Result<usize> {
         let socket = self.reader()?;
         if self.poisoned {
             return Err(Error::Message("cannot read from timed out object".into()).into());
         }
-        let received = socket.recv_into(buffer);
+        let received = socket.recv_uninit(buffer).map(|bytes| bytes.len());
         self.poisoned = matches!(&received, Err(error) if error.is_timeout());
         Ok(received?)
     }
@@ -388,9 +390,11 @@ impl BufRead for SocketFile {
         if self.read_start == self.read.len() {
             let mut buffer = std::mem::take(&mut self.read);
             // Without a buffer, one byte: nothing is read ahead.
-            buffer.resize(self.buffer_bytes.max(1), 0);
-            let received = self.receive(&mut buffer);
-            buffer.truncate(*received.as_ref().unwrap_or(&0));
+            buffer.clear();
+            let room = self.buffer_bytes.max(1);
+            buffer.reserve_exact(room);
+            let received = self.receive(&mut buffer.spare_capacity_mut()[..room]);
+            sys::set_received(&mut buffer, *received.as_ref().unwrap_or(&0));
             self.read = buffer;
             self.read_start = 0;
             received?;
@@ -410,7 +414,7 @@ impl Read for SocketFile {
         }
         // What is at least as large as our buffer needs no copy.
         if self.read_start == self.read.len() && buffer.len() >= self.buffer_bytes {
-            return self.receive(buffer);
+            return self.receive(sys::as_uninit(buffer));
         }
         let count = self.fill_buf()?.read(buffer)?;
         self.consume(count);

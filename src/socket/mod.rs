@@ -47,7 +47,7 @@ use std::fmt;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::address::{Address, SockAddr, ToAddress};
@@ -176,6 +176,8 @@ struct Inner {
     has_option_timeouts: AtomicBool,
     /// A plain receive has found nothing, so the socket is one that can receive.
     receives: AtomicBool,
+    /// Who needs `O_NONBLOCK` in whatever mode: see [`force_nonblocking`](Socket::force_nonblocking).
+    forced: Forced,
     inflight: InFlight,
     /// The files of `makefile`, and whether `close` waits for the last of them.
     files: file::Files,
@@ -183,6 +185,46 @@ struct Inner {
     segmentation: udp::Segmentation,
     /// What its sends without a copy have in common, once there was one to think of.
     zero_copy: OnceLock<Box<zero_copy::Peer>>,
+}
+
+/// How many need `O_NONBLOCK` to be set. All of it under [`InFlight::exclusively`].
+#[derive(Default)]
+struct Forced(AtomicU32);
+
+impl Forced {
+    /// It was set before, in a mode without it, by somebody outside.
+    const KEPT: u32 = 1 << 31;
+
+    /// Whether this one is the first.
+    fn begin(&self) -> bool {
+        self.0.fetch_add(1, Ordering::Relaxed) == 0
+    }
+
+    /// The flag is not ours to clear.
+    fn keep(&self) {
+        self.0.fetch_or(Self::KEPT, Ordering::Relaxed);
+    }
+
+    /// Whether this one was the last, and the flag is to follow the mode.
+    fn end(&self) -> bool {
+        match self.0.fetch_sub(1, Ordering::Relaxed) {
+            1 => true,
+            last if last == Self::KEPT + 1 => {
+                self.0.store(0, Ordering::Relaxed);
+                false
+            }
+            _ => false,
+        }
+    }
+
+    fn is_needed(&self) -> bool {
+        self.0.load(Ordering::Relaxed) & !Self::KEPT != 0
+    }
+
+    /// The mode has been set since.
+    fn forget_kept(&self) {
+        self.0.fetch_and(!Self::KEPT, Ordering::Relaxed);
+    }
 }
 
 impl AsRef<InFlight> for Inner {
@@ -335,6 +377,7 @@ impl Socket {
             timeout_ns: AtomicI64::new(timeout_ns),
             has_option_timeouts: AtomicBool::new(false),
             receives: AtomicBool::new(false),
+            forced: Forced::default(),
             files: file::Files::new(),
             queue: OnceLock::new(),
             segmentation: udp::Segmentation::new(),
@@ -926,7 +969,7 @@ impl Socket {
         if let Op::Recv {
             buffer, flags: 0, ..
         } = op
-            && let Some(watched) = self.begin_watch()
+            && let Some(watched) = self.begin_watch(timeout_ns)
         {
             match self.recv_watched(&watched, buffer, timeout_ns) {
                 Ok(code) => return code,
@@ -1300,7 +1343,14 @@ impl Socket {
         }
         // With the flag, so that whoever sets the flag back for a while sees what it is to be.
         let set_flag = || {
-            let result = op::set_nonblocking(self.0.fd, timeout_ns != BLOCKING);
+            let result = match timeout_ns {
+                // The last of those who need it lets it follow.
+                BLOCKING if self.0.forced.is_needed() => {
+                    self.0.forced.forget_kept();
+                    0
+                }
+                _ => op::set_nonblocking(self.0.fd, timeout_ns != BLOCKING),
+            };
             store();
             result
         };
@@ -1512,20 +1562,32 @@ impl Socket {
         &self.0.inflight
     }
 
-    /// Sets `O_NONBLOCK` in any mode, for calls that only it keeps from waiting, until [`unforce_nonblocking`]. Operations on the
+    /// Sets `O_NONBLOCK` in any mode, for calls that only it keeps from waiting, until as many [`unforce_nonblocking`]. Operations on the
     /// ring do not mind.
     ///
     /// [`unforce_nonblocking`]: Socket::unforce_nonblocking
     pub(crate) fn force_nonblocking(&self) {
         // A closed socket has no flags any more, and whatever is tried next says so.
-        let force = || sys::set_nonblocking(self.0.fd, true);
-        self.0.inflight.exclusively(force);
+        self.0.inflight.exclusively(|| {
+            if self.0.forced.begin() {
+                let flags = sys::status_flags(self.0.fd);
+                let is_set = flags >= 0 && flags & libc::O_NONBLOCK != 0;
+                if !is_set {
+                    op::set_nonblocking(self.0.fd, true);
+                } else if self.timeout_ns() < NON_BLOCKING {
+                    self.0.forced.keep();
+                }
+            }
+        });
     }
 
-    /// Lets `O_NONBLOCK` follow the mode again, as it is by now.
+    /// Lets `O_NONBLOCK` follow the mode again, as it is by now, if nobody else needs it.
     pub(crate) fn unforce_nonblocking(&self) {
-        let follow = || op::set_nonblocking(self.0.fd, self.timeout_ns() >= NON_BLOCKING);
-        self.0.inflight.exclusively(follow);
+        self.0.inflight.exclusively(|| {
+            if self.0.forced.end() {
+                op::set_nonblocking(self.0.fd, self.timeout_ns() >= NON_BLOCKING);
+            }
+        });
     }
 
     fn check_open(&self) -> Result<()> {
@@ -1648,6 +1710,7 @@ impl Socket {
             timeout_ns: AtomicI64::new(BLOCKING),
             has_option_timeouts: AtomicBool::new(false),
             receives: AtomicBool::new(false),
+            forced: Forced::default(),
             files: file::Files::new(),
             queue: OnceLock::new(),
             segmentation: udp::Segmentation::new(),

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::fiber::join::Builder;
 use crate::fiber::park::{Parking, Waker};
 use crate::fiber::route::THRESHOLD_MIN;
+use crate::fiber::wait_queue::WaitQueue;
 use crate::fiber::{self, error_from_outcome};
 use crate::sys;
 
@@ -44,7 +45,7 @@ struct State {
     /// A fiber sends what is queued, or a call is about to start one.
     is_sending: bool,
     error: Option<Error>,
-    waiting: Vec<Waker>,
+    waiting: WaitQueue<Waker>,
 }
 
 impl State {
@@ -104,14 +105,18 @@ impl SendQueue {
                 parking = Some(Parking::new());
                 continue;
             };
-            state.waiting.push(parking.waker());
+            let ticket = state.waiting.push(parking.waker());
             drop(state);
-            match deadline_ns {
-                None => parking.park()?,
+            let parked = match deadline_ns {
+                None => parking.park(),
                 Some(deadline_ns) => {
                     let left_ns = (deadline_ns - fiber::now_ns()).max(0);
-                    fiber::timeout(Duration::from_nanos(left_ns as u64), || parking.park())?;
+                    fiber::timeout(Duration::from_nanos(left_ns as u64), || parking.park())
                 }
+            };
+            if let Err(error) = parked {
+                self.lock().waiting.remove(ticket);
+                return Err(error);
             }
         }
     }
@@ -128,9 +133,9 @@ impl SendQueue {
         state.error = error;
         let dropped = std::mem::take(&mut state.bufs);
         state.bytes = 0;
-        let waiting = std::mem::take(&mut state.waiting);
+        let waiting = state.waiting.take();
         drop(state);
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.for_each(Waker::wake);
         drop(dropped);
     }
 
@@ -142,9 +147,9 @@ impl SendQueue {
             return None;
         };
         state.bytes -= buf.len();
-        let waiting = std::mem::take(&mut state.waiting);
+        let waiting = state.waiting.take();
         drop(state);
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.for_each(Waker::wake);
         Some(buf)
     }
 }
@@ -239,6 +244,9 @@ impl Socket {
             return self.sendall_buf(buf);
         }
         self.check_open()?;
+        if let Some(code) = fiber::outcome_so_far() {
+            return Err(error_from_outcome(code));
+        }
         let queue = self.0.queue.get_or_init(|| Box::new(SendQueue::new()));
         if queue.is_inherited() {
             return self.sendall_buf(buf);
@@ -255,15 +263,20 @@ impl Socket {
         drop(state);
         let mut op = self.send_op(&buf, 0, None);
         // In a crowd too: a fiber for the rest costs more than the call.
-        match fiber::attempt_directly(&mut op, true) {
+        let is_sent = match fiber::attempt_directly(&mut op, true) {
             Some(code) if code < 0 => {
                 queue.end(queue.lock(), None);
                 return Err(error_from_outcome(code));
             }
-            sent => buf.advance(sent.unwrap_or(0) as usize),
-        }
+            Some(sent) => {
+                buf.advance(sent as usize);
+                buf.is_empty()
+            }
+            // Nor is an empty datagram.
+            None => false,
+        };
         let mut state = queue.lock();
-        if !buf.is_empty() {
+        if !is_sent {
             state.bytes += buf.len();
             state.bufs.push_front(buf);
         }

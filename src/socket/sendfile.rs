@@ -137,23 +137,11 @@ impl Socket {
         }
     }
 
-    /// Nothing but O_NONBLOCK keeps sendfile(2) from waiting. Another call of this kind at the same moment may clear it under this
-    /// one, which then waits as a plain sendfile(2) does. A mode that is set meanwhile keeps its flag. (The call may read from a
-    /// disk, too long for `exclusively`.)
+    /// Nothing but O_NONBLOCK keeps sendfile(2) from waiting. (The call may read from a disk, too long for `exclusively`.)
     fn without_waiting(&self, call: impl FnOnce() -> i32) -> i32 {
-        let (fd, inflight) = (self.0.fd, &self.0.inflight);
-        let waited = inflight.exclusively(|| {
-            let flags = sys::status_flags(fd);
-            flags >= 0 && flags & libc::O_NONBLOCK == 0 && sys::set_nonblocking(fd, true) >= 0
-        });
+        self.force_nonblocking();
         let result = call();
-        if waited {
-            inflight.exclusively(|| {
-                if self.timeout_ns() < 0 {
-                    sys::set_nonblocking(fd, false);
-                }
-            });
-        }
+        self.unforce_nonblocking();
         result
     }
 
@@ -178,7 +166,7 @@ impl Socket {
                 sys::pread(transfer.file, &mut buffer[..wanted], transfer.position()?)
             } else {
                 self.wait_for_source(transfer.file)?;
-                sys::read(transfer.file, &mut buffer[..wanted])
+                sys::read_at_once(transfer.file, &mut buffer[..wanted])
             };
             let read = match -read {
                 0 => return Ok(()),

@@ -218,7 +218,7 @@ impl Datagrams {
     ///
     /// # Panics
     ///
-    /// If either is 0, or `count` is above 1,024.
+    /// If either is 0, `count` is above 1,024, or there is not so much memory.
     ///
     /// ```
     /// let batch = ringsock::Datagrams::new(32, 65_535);
@@ -231,9 +231,12 @@ impl Datagrams {
             "a batch has 1 to {BATCH_MAX} entries"
         );
         let lines = bytes.div_ceil(LINE_BYTES) | 1;
-        let pitch = lines * LINE_BYTES;
+        let pitch = lines.checked_mul(LINE_BYTES);
+        let (pitch, memory_bytes) = pitch
+            .and_then(|pitch| Some((pitch, pitch.checked_mul(count)?)))
+            .expect("less memory than the address space has");
         Datagrams {
-            memory: vec![0; count * pitch].into(),
+            memory: vec![0; memory_bytes].into(),
             room: bytes,
             pitch,
             entries: std::iter::repeat_with(Arrival::none).take(count).collect(),

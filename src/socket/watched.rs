@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::sync::atomic::Ordering;
 
-use super::{NON_BLOCKING, Socket};
+use super::{BY_OPTION, NON_BLOCKING, Socket};
 use crate::buf::Buf;
 use crate::constants::{AF_INET, AF_INET6, AF_UNIX, IPPROTO_TCP, SOCK_STREAM};
 use crate::driver::Limit;
@@ -14,21 +14,30 @@ use crate::sys;
 /// The ring has to do it, and may wait for so long (as a socket's timeout).
 pub(super) struct StillToWait(pub(super) i64);
 
+/// Whether a receive with this timeout may wait by a watch: SO_RCVTIMEO, which is asked for at each wait, limits operations only.
+#[inline(always)]
+fn may_be_watched(timeout_ns: i64) -> bool {
+    timeout_ns != NON_BLOCKING && timeout_ns != BY_OPTION
+}
+
 impl Socket {
     /// The watch by which a receive without flags may go that waits for so long, if there is one.
     #[inline(always)]
     pub(super) fn watched(&self, timeout_ns: i64) -> Option<Watched<'_>> {
         self.0.inflight.watch()?;
-        if timeout_ns == NON_BLOCKING {
+        if !may_be_watched(timeout_ns) {
             return None;
         }
         Watched::of(&self.0.inflight).filter(Watched::pays)
     }
 
     /// [`watched`](Socket::watched), for a receive that has to wait: with a new watch if it is not the first.
-    pub(super) fn begin_watch(&self) -> Option<Watched<'_>> {
+    pub(super) fn begin_watch(&self, timeout_ns: i64) -> Option<Watched<'_>> {
         // Where a receive fails at once, there may be nothing to wait for (a listening socket).
-        if !self.0.receives.load(Ordering::Relaxed) || !self.is_plain_stream() {
+        if !may_be_watched(timeout_ns)
+            || !self.0.receives.load(Ordering::Relaxed)
+            || !self.is_plain_stream()
+        {
             return None;
         }
         Watched::begin_if_it_pays(&self.0.inflight, self.0.fd)
@@ -134,7 +143,7 @@ impl Socket {
         timeout_ns: i64,
         out: &mut Buf,
     ) -> Result<i32, StillToWait> {
-        match self.begin_watch() {
+        match self.begin_watch(timeout_ns) {
             Some(watched) => self.recv_lease_by(&watched, borrower, timeout_ns, out),
             None => Err(StillToWait(timeout_ns)),
         }

@@ -73,7 +73,9 @@ pub(crate) fn recvmmsg(
     } = rooms;
     let count = arrivals.len();
     assert!((1..=MESSAGES_MAX).contains(&count) && pitch >= room);
-    assert!(memory.len() >= (count - 1) * pitch + room);
+    let wanted = (count - 1).checked_mul(pitch);
+    let wanted = wanted.and_then(|bytes| bytes.checked_add(room));
+    assert!(wanted.is_some_and(|bytes| memory.len() >= bytes));
     let mut pieces = [const { MaybeUninit::<libc::iovec>::uninit() }; MESSAGES_MAX];
     let mut headers = [const { MaybeUninit::<libc::mmsghdr>::uninit() }; MESSAGES_MAX];
     let start = memory.as_mut_ptr();
