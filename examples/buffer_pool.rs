@@ -36,7 +36,7 @@ struct Args {
     #[arg(long, value_name = "BYTES", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     buffer: u32,
     /// Close a connection that is silent, or does not read, for so long
-    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "60")]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "60", allow_negative_numbers = true)]
     timeout: f64,
     /// When to send large buffers without a copy
     #[arg(long, value_enum, default_value = "adaptive")]

@@ -24,7 +24,7 @@ struct Args {
     #[arg(long, value_name = "PATH", conflicts_with = "connect")]
     unix: Option<PathBuf>,
     /// Give up after so many seconds without progress
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds, allow_negative_numbers = true)]
     timeout: f64,
     /// What to send
     #[arg(default_value = "Hello, world")]

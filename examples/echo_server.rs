@@ -22,7 +22,7 @@ struct Args {
     #[arg(long, value_enum, default_value = "into")]
     mode: Mode,
     /// Close a connection that is silent, or does not read, for so long
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true)]
     timeout: Option<f64>,
     /// Bytes of each connection's buffer, or of one receive
     #[arg(long, value_name = "BYTES", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=16_777_216))]

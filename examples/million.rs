@@ -31,12 +31,12 @@ struct Args {
     sockets: u32,
 
     /// The timeout of each receive, in seconds.
-    #[arg(long, default_value_t = 600.0)]
-    timeout: f64,
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
+    timeout: u32,
 
     /// A fiber's stack in bytes. Smaller stacks share more page tables.
-    #[arg(long, default_value_t = 16 * 1024)]
-    stack: usize,
+    #[arg(long, default_value_t = 16 * 1024, value_parser = clap::value_parser!(u32).range(16 * 1024..=1 << 30))]
+    stack: u32,
 }
 
 /// Descriptors kept free for everything but the sockets.
@@ -85,7 +85,7 @@ fn park_and_wake(args: &Args) -> ringsock::Result<()> {
     let sockets = (0..pairs)
         .map(|_| {
             let pair = ringsock::socketpair()?;
-            pair.0.settimeout(args.timeout)?;
+            pair.0.settimeout(f64::from(args.timeout))?;
             Ok(pair)
         })
         .collect::<ringsock::Result<Vec<_>>>()?;
@@ -181,7 +181,7 @@ fn report(args: &Args, pairs: u32, parked: Duration, before: &Usage, after: &Usa
 fn main() -> ExitCode {
     let args = Args::parse();
     let result = Runtime::builder()
-        .stack_size(args.stack)
+        .stack_size(args.stack as usize)
         .max_fibers(args.fibers as usize + 1)
         .run(move || park_and_wake(&args))
         .and_then(|result| result);

@@ -74,23 +74,23 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: u16,
     /// Give up an attempt to connect to an upstream after so long
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds, allow_negative_numbers = true)]
     connect_timeout: f64,
     /// Close a connection on which nothing has moved, either way, for so long
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds, allow_negative_numbers = true)]
     idle_timeout: f64,
     /// Connections at the most, of two descriptors each; further ones wait in the backlog [default: 10000, or what the limit of open
     /// files allows]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     max_connections: Option<u32>,
     /// Print a line of counters on standard error so often
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true)]
     stats: Option<f64>,
     /// Serve counters for Prometheus at http://ADDRESS/metrics, to whoever can connect
     #[arg(long, value_name = "ADDRESS")]
     metrics: Option<Endpoint>,
     /// After SIGTERM or SIGINT, let connections go on for so long
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds, allow_negative_numbers = true)]
     drain: f64,
     /// Tell upstreams who the client is, by a header of the PROXY protocol
     #[arg(long, value_enum, value_name = "VERSION")]

@@ -26,7 +26,7 @@ struct Args {
     #[command(flatten)]
     listen: Listen,
     /// Close a connection that is silent, does not read, or has not shaken hands, for so long
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds, allow_negative_numbers = true)]
     timeout: f64,
     /// The certificate chain, its own certificate first; without it, one for localhost is made at start
     #[arg(long, value_name = "PEM", requires = "key")]

@@ -26,7 +26,7 @@ struct Args {
     #[command(flatten)]
     listen: Listen,
     /// Close a connection that is silent, does not read, or has not shaken hands, for so long
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds, allow_negative_numbers = true)]
     timeout: f64,
     /// The longest message to take
     #[arg(long, value_name = "BYTES", default_value_t = 64 << 20, value_parser = clap::value_parser!(u32).range(1..))]

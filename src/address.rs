@@ -677,7 +677,10 @@ fn scope_id(ip: &Ipv6Addr, scope: &str) -> Option<u32> {
 /// Python's rules for a string or bytes given as an address; `form` is what the caller gave.
 fn unix_address(bytes: &[u8], form: &str, family: Family) -> Result<Address> {
     if family != AF_UNIX {
-        let text = format!("{family:?} address must be tuple, not {form}");
+        let text = match family {
+            AF_UNSPEC => format!("an address of a host must be tuple, not {form}"),
+            _ => format!("{family:?} address must be tuple, not {form}"),
+        };
         return Err(Error::Type(Text::from(text)));
     }
     let address = match bytes {

@@ -824,17 +824,22 @@ impl Handle {
 
     /// One listener for each worker.
     fn listeners(&self, address: impl ToAddress, options: ServeOptions) -> Result<Vec<Socket>> {
-        let (family, mut address) = AF_FAMILIES
+        let mut refused = None;
+        let found = AF_FAMILIES
             .iter()
-            .find_map(|family| Some((*family, address.to_address(*family).ok()?)))
-            .map_or_else(
-                || {
-                    address
-                        .to_address(AF_INET)
-                        .map(|address| (AF_INET, address))
-                },
-                Ok,
-            )?;
+            .find_map(|family| match address.to_address(*family) {
+                Ok(address) => Some((*family, address)),
+                Err(error) => {
+                    // That of the family that the address has the form of, or else the first one.
+                    let has_its_form = !matches!(error, Error::Type(_));
+                    if refused.is_none() || has_its_form && matches!(refused, Some(Error::Type(_)))
+                    {
+                        refused = Some(error);
+                    }
+                    None
+                }
+            });
+        let (family, mut address) = found.ok_or_else(|| refused.expect("there are families"))?;
         let shared = family == AF_UNIX || self.workers() == 1;
         let mut listeners: Vec<Socket> = Vec::new();
         for _ in 0..self.workers() {

@@ -963,3 +963,19 @@ fn accepting_and_changing_the_mode_at_once_never_blocks_for_good() {
     done.store(1, Ordering::SeqCst);
     toggler.join().unwrap();
 }
+
+/// The error is that of the family whose form the address has, not of the first family that was tried.
+#[test]
+fn what_serve_says_of_an_address_is_about_that_address() {
+    run(|| {
+        let long = "p".repeat(150);
+        let path = ringsock::serve(long.as_str(), |_conn, _peer| ()).unwrap_err();
+        assert_eq!(path.to_string(), "AF_UNIX path too long");
+        let flow = ("::1", 0, 1 << 21, 0);
+        let flow = ringsock::serve(flow, |_conn, _peer| ()).unwrap_err();
+        assert!(flow.to_string().starts_with("flowinfo must be"), "{flow}");
+        let path = create_connection("/nowhere").unwrap_err();
+        assert!(matches!(path, Error::Type(_)), "{path}");
+        assert!(!path.to_string().contains("UNSPEC"), "{path}");
+    });
+}

@@ -894,7 +894,11 @@ fn races_of_data_and_closers_lose_nothing_and_leave_nothing() {
                         _ => drop(closer.detach()),
                     }
                 });
-                left.sendall(b"data").unwrap();
+                // On a busy machine the closer may come first.
+                if let Err(error) = left.sendall(b"data") {
+                    let errno = error.errno().expect("an errno");
+                    assert!([libc::EPIPE, libc::ECONNRESET].contains(&errno), "{error}");
+                }
                 if let Some(waiting) = waiting {
                     match waiting.join().unwrap() {
                         Ok(data) => assert_eq!(data, b"data"),
