@@ -498,6 +498,38 @@ fn what_is_sent_later_keeps_its_place() {
     });
 }
 
+/// Reports in a socket's error queue make it ready for ever, but they are not what a receive waits for.
+#[test]
+fn a_receive_beside_reports_waits() {
+    const SOFTWARE_STAMPS: i32 = 1 << 1 | 1 << 4;
+    checked(|| {
+        ringsock::run(|| {
+            for (bytes, lease) in [(100, true), (65_536, true), (100, false), (65_536, false)] {
+                let (left, right) = tcp_pair();
+                right
+                    .setsockopt(SOL_SOCKET, libc::SO_TIMESTAMPING, SOFTWARE_STAMPS)
+                    .unwrap();
+                right.sendall(b"stamped").unwrap();
+                let receiver = right.clone();
+                let waiting = spawn(move || match lease {
+                    true => receiver.recv(bytes).map(|data| data.len()),
+                    false => receiver.recv_into(&mut vec![0; bytes]),
+                });
+                // Counters are published when the worker waits.
+                let operations = || {
+                    ringsock::sleep(0.05).unwrap();
+                    ringsock::Handle::current().unwrap().metrics()[0].operations
+                };
+                let before = operations();
+                let after = operations();
+                assert!(after - before < 20, "{} for {bytes} bytes", after - before);
+                left.sendall(b"data").unwrap();
+                assert_eq!(waiting.join().unwrap(), Ok(4));
+            }
+        });
+    });
+}
+
 /// What may wait fails in a fiber that was cancelled, and an empty datagram is one.
 #[test]
 fn what_is_sent_later_is_sent_or_fails() {

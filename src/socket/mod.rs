@@ -752,9 +752,12 @@ impl Socket {
         }
     }
 
-    /// Waits for readiness and has `receive` receive by a plain call, until there was something: the bytes or a code. (Of datagrams
-    /// that is not the same as waiting for the receive: after SHUT_RD, AF_UNIX tells the end to a receive that waits, but is not
-    /// ready.)
+    /// Waits for readiness of a stream and has `receive` receive by a plain call, until there was something: the bytes or a code. (Of
+    /// datagrams that is not the same as waiting for the receive: after SHUT_RD, AF_UNIX tells the end to a receive that waits, but is
+    /// not ready.)
+    ///
+    /// A socket with reports in its error queue (time stamps of what was sent, say) is always ready with POLLERR. They are its owner's
+    /// to read, so there the wait is a look at the first byte.
     #[inline(always)]
     fn wait_and_receive(&self, timeout_ns: i64, mut receive: impl FnMut() -> i32) -> i32 {
         let fd = self.0.fd;
@@ -763,6 +766,7 @@ impl Socket {
             _ => i64::MAX,
         };
         let mut left_ns = timeout_ns;
+        let mut has_reports = false;
         // Where a receive would fail at once, a poll may wait all the same (a listening socket), so a first one goes before it.
         let mut ready = !self.0.receives.load(Ordering::Relaxed);
         if ready && let Some(code) = fiber::outcome_so_far() {
@@ -784,10 +788,21 @@ impl Socket {
                 }
             }
             let events = libc::POLLIN;
-            let code = self.wait(&mut Op::Poll { fd, events }, Direction::In, left_ns);
+            let code = if has_reports {
+                let first = Op::Recv {
+                    fd,
+                    buffer: &mut [MaybeUninit::uninit()],
+                    flags: libc::MSG_PEEK,
+                    found_nothing: false,
+                };
+                self.wait(&mut { first }, Direction::In, left_ns)
+            } else {
+                self.wait(&mut Op::Poll { fd, events }, Direction::In, left_ns)
+            };
             if code < 0 {
                 return code;
             }
+            has_reports |= code == i32::from(libc::POLLERR);
             ready = true;
         }
     }
