@@ -364,8 +364,8 @@ fn an_idle_connection_takes_at_most_twelve_kib() {
 /// Its fiber's one page, and what the fiber and the socket have on the heap.
 #[test]
 fn an_idle_connection_without_a_buffer_takes_at_most_five_kib() {
-    // Unoptimised code calls deeper: three pages more.
-    let most = if cfg!(debug_assertions) { 17.0 } else { 5.0 };
+    // Unoptimised code calls deeper: three pages more, and four where the worker's buffers are all out and it allocates instead.
+    let most = if cfg!(debug_assertions) { 21.0 } else { 5.0 };
     idle_connections_take(most, "lease");
 }
 

@@ -789,13 +789,7 @@ impl Socket {
             }
             let events = libc::POLLIN;
             let code = if has_reports {
-                let first = Op::Recv {
-                    fd,
-                    buffer: &mut [MaybeUninit::uninit()],
-                    flags: libc::MSG_PEEK,
-                    found_nothing: false,
-                };
-                self.wait(&mut { first }, Direction::In, left_ns)
+                self.wait_for_first_byte(left_ns)
             } else {
                 self.wait(&mut Op::Poll { fd, events }, Direction::In, left_ns)
             };
@@ -805,6 +799,18 @@ impl Socket {
             has_reports |= code == i32::from(libc::POLLERR);
             ready = true;
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn wait_for_first_byte(&self, timeout_ns: i64) -> i32 {
+        let mut first = Op::Recv {
+            fd: self.0.fd,
+            buffer: &mut [MaybeUninit::uninit()],
+            flags: libc::MSG_PEEK,
+            found_nothing: false,
+        };
+        self.wait(&mut first, Direction::In, timeout_ns)
     }
 
     /// Receives into memory that need not be initialised: the part of `buffer` that was filled, empty at the end of the stream
